@@ -1,0 +1,38 @@
+"""Preference optimisation on one GPU: no logits, no padding, every prompt once.
+
+The public names are loaded when they are first used, so that `import dpo_engine` and `dpo-engine --help` stay fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DPOConfig": "dpo_engine.train.config",
+    "DPOTrainer": "dpo_engine.train.trainer",
+    "PreferenceForest": "dpo_engine.batch",
+    "dpo_loss": "dpo_engine.losses",
+    "linear_logps": "dpo_engine.ops",
+}
+
+__all__ = ["DPOConfig", "DPOTrainer", "PreferenceForest", "dpo_loss", "linear_logps"]
+
+if TYPE_CHECKING:
+    from dpo_engine.batch import PreferenceForest
+    from dpo_engine.losses import dpo_loss
+    from dpo_engine.ops import linear_logps
+    from dpo_engine.train.config import DPOConfig
+    from dpo_engine.train.trainer import DPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dpo_engine' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

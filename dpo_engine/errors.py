@@ -1,0 +1,33 @@
+"""Which errors does the engine raise?
+
+Each message says what was given, what was expected and what to do. The command line prints it on one line and exits with
+`exit_code`: 2 for input that a user can mend before anything runs, 1 for a run that had to stop.
+"""
+
+
+class EngineError(Exception):
+    """Base of everything the engine raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(EngineError, ValueError):
+    """An option that is unknown, of the wrong type or out of range."""
+
+
+class DataError(EngineError, ValueError):
+    """Data that is missing, broken, or of a shape the method cannot use."""
+
+
+class ModelError(EngineError, ValueError):
+    """A model that is missing, not causal, or whose head the engine cannot reproduce."""
+
+
+class BackendError(EngineError, RuntimeError):
+    """A backend was forced that cannot run here."""
+
+
+class TrainingError(EngineError, RuntimeError):
+    """A run that must not go on, such as one whose first loss is not the method's start value."""
+
+    exit_code = 1

@@ -1,0 +1,47 @@
+"""What is the function from hidden states to logits?
+
+    z = softcap(logit_scale * (hidden @ weight.T + bias))        softcap(x) = softcap * tanh(x / softcap)
+
+`Head` holds the four numbers of that line, and the two small functions every path shares: the logit of one row's own label,
+and the slope `dz/dx` of the softcap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def softcap_slope(x: Tensor, softcap: float) -> Tensor:
+    """`1 - tanh(x / softcap)**2`, as `1 / cosh(x / softcap)**2`: the difference would cancel where tanh saturates."""
+    return (x / softcap).cosh_().reciprocal_().square_()
+
+
+def label_logits(hidden: Tensor, head: Head, labels: Tensor, label_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`z[i, labels[i]]` by one dot product a row, and the slope of the softcap there.
+
+    Args:
+        hidden: (N, D), in the accumulation dtype (float32, or float64 for float64 inputs).
+        labels: (N,) int64, each in `[0, V)`.
+        label_rows: (N, D) `weight[labels]`, in the dtype of `hidden`.
+
+    Returns:
+        `(z, slope)`, both (N,) in the dtype of `hidden`; the slope is 1 without a softcap.
+    """
+    x = torch.linalg.vecdot(hidden, label_rows)
+    if head.bias is not None:
+        x += head.bias.index_select(0, labels).to(x.dtype)
+    x *= head.logit_scale
+    if head.softcap is None:
+        return x, torch.ones_like(x)
+    return head.softcap * torch.tanh(x / head.softcap), softcap_slope(x, head.softcap)
