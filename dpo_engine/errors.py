@@ -1,6 +1,7 @@
 """Which errors does the engine raise?
 
-Each message says what was given, what was expected and what to do. The command line prints it on one line and exits with
+Each message says what was given, what was expected and what to do. The command line prints it on one line and exits
+with
 `exit_code`: 2 for input that a user can mend before anything runs, 1 for a run that had to stop.
 """
 

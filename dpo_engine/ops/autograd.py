@@ -19,9 +19,7 @@ class FrozenHeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, dtype: torch.dtype, passes: TilePasses
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, dtype: torch.dtype, passes: TilePasses) -> Tensor:
         logps, unit = logps_and_unit(hidden, head, labels, dtype, passes)
         ctx.save_for_backward(unit)
         return logps
@@ -35,7 +33,10 @@ class FrozenHeadLogps(torch.autograd.Function):
 
 
 class TrainableHeadLogps(torch.autograd.Function):
-    """`logps(hidden, weight, bias)` with any upstream gradient: 1 GEMM in forward, 3 in backward, `(N,)` numbers kept beside `hidden`."""
+    """`logps(hidden, weight, bias)` with any upstream gradient: 1 GEMM in forward, up to 3 in backward.
+
+    Four numbers a row are kept beside the inputs.
+    """
 
     @staticmethod
     def forward(

@@ -2,8 +2,8 @@
 
     z = softcap(logit_scale * (hidden @ weight.T + bias))        softcap(x) = softcap * tanh(x / softcap)
 
-`Head` holds the four numbers of that line, and the two small functions every path shares: the logit of one row's own label,
-and the slope `dz/dx` of the softcap.
+`Head` holds the four numbers of that line, and the two small functions every path shares: the logit of one row's own
+label, and the slope `dz/dx` of the softcap.
 """
 
 from __future__ import annotations

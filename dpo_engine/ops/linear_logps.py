@@ -32,12 +32,12 @@ def linear_logps(
 
     `softcap(x) = softcap * tanh(x / softcap)`. No label is shifted: `hidden[i]` predicts `labels[i]`.
 
-    GEMMs of size 2·N·V·D: 1 without gradients; 2, both in forward, where `weight` and `bias` are frozen; 1 + 3 where they
-    train. Rows whose label is `ignore_index` enter none of them. Extra memory is a tile, not N·V (`docs/operator.md`).
-    Exponentials and sums are float32 whatever the dtype, and so is the matrix product's result, except for bfloat16 on a CPU
-    with bfloat16 instructions, whose GEMM can only return bfloat16: there a log-prob may be off by as much as plain torch's.
-    Under autocast, `hidden`, `weight` and `bias` are rounded to the autocast dtype as `torch.nn.functional.linear` would,
-    the weight slab by slab.
+    GEMMs of size 2·N·V·D: 1 without gradients; 2, both in forward, where `weight` and `bias` are frozen; 1 + 3 where
+    they train. Rows whose label is `ignore_index` enter none of them. Extra memory is a tile, not N·V
+    (`docs/operator.md`). Exponentials and sums are float32 whatever the dtype, and so is the matrix product's result,
+    except for bfloat16 on a CPU with bfloat16 instructions, whose GEMM can only return bfloat16: there a log-prob may
+    be off by as much as plain torch's. Under autocast, `hidden`, `weight` and `bias` are rounded to the autocast dtype
+    as `torch.nn.functional.linear` would, the weight slab by slab.
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64; any strides.
@@ -47,15 +47,16 @@ def linear_logps(
         logit_scale: finite number that multiplies the logits, before the softcap.
         softcap: positive number, or None for none.
         ignore_index: label of rows to leave out; None says that every row counts, and spares a GPU from being asked.
-        backend: "auto" (the measured choice of this device; "tiled" until there is one), "reference" (the definition, which
-            builds the logits), "tiled" (plain torch, any device) or "triton".
+        backend: "auto" (the measured choice of this device; "tiled" until there is one), "reference" (the definition,
+            which builds the logits), "tiled" (plain torch, any device) or "triton".
 
     Returns:
         (...) float32 (float64 for float64 inputs), exactly 0 where the label is `ignore_index`. Differentiable once, in
         `hidden`, `weight` and `bias`; the gradient of ignored rows is exactly 0, whatever they hold.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, a label outside `[0, V)` (checked on CPU; a device
+        ValueError: shapes, dtypes or devices that do not fit together, a label outside `[0, V)` (checked on CPU; a
+        device
             assertion elsewhere), `softcap <= 0`, an unknown backend.
         BackendError: a backend was forced that cannot run here.
 
@@ -96,7 +97,10 @@ def _logps(
     """The path for one flat set of scored rows: by backend, then by what trains."""
     if backend == "reference":
         cast = Head(
-            weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype), logit_scale=logit_scale, softcap=softcap
+            weight=weight.to(dtype),
+            bias=None if bias is None else bias.to(dtype),
+            logit_scale=logit_scale,
+            softcap=softcap,
         )
         return logps_by_definition(hidden.to(dtype), cast, labels)
     passes = _triton_passes(hidden) if backend == "triton" else TORCH_PASSES
@@ -117,15 +121,17 @@ def _logps(
 def _triton_passes(hidden: Tensor) -> TilePasses:
     """The Triton tile passes, or the reason why they cannot run here."""
     if importlib.util.find_spec("triton") is None:
-        raise BackendError('linear_logps: backend="triton" was asked for, but triton is not installed; use backend="tiled"')
+        raise BackendError(
+            'linear_logps: backend="triton" was asked for, but triton is not installed; use backend="tiled"'
+        )
     if hidden.dtype == torch.float64:
         raise BackendError('linear_logps: backend="triton" takes no float64; use backend="tiled"')
     from triton import knobs
 
     if not hidden.is_cuda and not knobs.runtime.interpret:
         raise BackendError(
-            f'linear_logps: backend="triton" was asked for, but the tensors are on {hidden.device}; it needs a CUDA device '
-            '(or TRITON_INTERPRET=1, for tests); use backend="tiled"'
+            f'linear_logps: backend="triton" was asked for, but the tensors are on {hidden.device}; it needs a CUDA '
+            'device (or TRITON_INTERPRET=1, for tests); use backend="tiled"'
         )
     from dpo_engine.kernels.tile_pass import tile_backward, tile_pass
 
@@ -151,10 +157,14 @@ def _check(
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1] or hidden.shape[:-1] != labels.shape:
         raise ValueError(f"linear_logps: {shapes} do not fit; expected (..., D), (V, D), (...)")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_logps: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}; expected (V,)")
+        raise ValueError(
+            f"linear_logps: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}; expected (V,)"
+        )
     devices = {str(t.device) for t in (hidden, weight, labels, bias) if t is not None}
     if len(devices) > 1:
-        raise ValueError(f"linear_logps: tensors on {', '.join(sorted(devices))}; expected one device: move them together")
+        raise ValueError(
+            f"linear_logps: tensors on {', '.join(sorted(devices))}; expected one device: move them together"
+        )
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise ValueError(f"linear_logps: hidden {hidden.dtype}, weight {weight.dtype}; expected floating-point tensors")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -172,5 +182,6 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) -> 
     if lowest < 0 or highest >= vocabulary:
         outside = lowest if lowest < 0 else highest
         raise ValueError(
-            f"linear_logps: label {outside} is outside [0, {vocabulary}); expected a vocabulary id or ignore_index={ignore_index}"
+            f"linear_logps: label {outside} is outside [0, {vocabulary}); "
+            f"expected a vocabulary id or ignore_index={ignore_index}"
         )

@@ -1,6 +1,7 @@
 """What does `linear_logps` mean? The plain definition, which builds the logits.
 
-It is the oracle of the tests and the naive path of the benchmarks, and nothing else: at N=8192, V=128256 it needs gigabytes.
+It is the oracle of the tests and the naive path of the benchmarks, and nothing else: at N=8192, V=128256 it needs
+gigabytes.
 """
 
 from __future__ import annotations

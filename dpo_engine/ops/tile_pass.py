@@ -2,8 +2,10 @@
 
 These are the twins of the Triton kernels in `kernels/tile_pass.py`: same arguments, same results, any device.
 
-The exponentials of row i are taken relative to a row constant `c_i`. It starts as the logit of the row's own label, which is
-known before any tile, so in nearly every row no tile ever changes it: no running maximum, no rescaling of what was summed
+The exponentials of row i are taken relative to a row constant `c_i`. It starts as the logit of the row's own label,
+which is
+known before any tile, so in nearly every row no tile ever changes it: no running maximum, no rescaling of what was
+    summed
 before. Only where some logit exceeds it by more than `margin` nats does it move, and then `rescale` says by what factor
 everything summed so far must be multiplied.
 """
@@ -32,7 +34,8 @@ def tile_pass(
     """`E = exp(z - c) * dz/dx` and `S += sum(exp(z - c))`, the label's own column left out of both.
 
     Args:
-        tile: (R, C) raw products `hidden @ weight[first_column : first_column + C].T` in the accumulation dtype; overwritten.
+        tile: (R, C) raw products `hidden @ weight[first_column : first_column + C].T` in the accumulation dtype;
+            overwritten.
         labels: (R,) int64, vocabulary ids.
         constants: (R,) running `c`, updated in place; -inf where none is known yet.
         sums: (R,) running `S = sum_{v != label} exp(z_v - c)`, updated in place, summed before any rounding.
@@ -76,12 +79,14 @@ def tile_backward(
 ) -> None:
     """`out = d(sum_i g_i * logp_i) / d(raw products)` for one tile.
 
-    `out[i, v] = -row_weights[i] * exp(z_iv - c_i) * dz/dx` in every column but the label's, which holds `label_weights[i]`.
+    `out[i, v] = -row_weights[i] * exp(z_iv - c_i) * dz/dx` in every column but the label's, which holds
+    `label_weights[i]`.
 
     Args:
         tile, labels, constants, first_column, bias: as for `tile_pass`; `constants` is read only.
         row_weights: (R,) `g * logit_scale / (S + t)`.
-        label_weights: (R,) `g * logit_scale * dz/dx at the label * S / (S + t)`: one minus the probability without cancellation.
+        label_weights: (R,) `g * logit_scale * dz/dx at the label * S / (S + t)`: one minus the probability without
+            cancellation.
         out: (R, C) in the dtype of the next matrix product, may be `tile` itself.
     """
     x, slope = _logits_in_place(tile, bias, logit_scale, softcap, want_slope=True)
@@ -110,10 +115,14 @@ def _logits_in_place(
 
 
 def _put_at_labels(tile: Tensor, labels: Tensor, first_column: int, value: float | Tensor) -> None:
-    """`tile[i, labels[i] - first_column] = value[i]` in the rows whose label lies in the tile, without asking the device which."""
+    """`tile[i, labels[i] - first_column] = value[i]` in rows whose label lies in the tile, without a device sync."""
     columns = labels - first_column
     inside = (columns >= 0) & (columns < tile.shape[1])
     columns = columns.clamp(0, tile.shape[1] - 1)[:, None]
     # A scatter of 0-dim values would sync; where() keeps the old entry of the rows whose label is elsewhere.
-    kept = torch.where(inside[:, None], torch.as_tensor(value, dtype=tile.dtype).reshape(-1, 1).to(tile.device), tile.gather(1, columns))
+    kept = torch.where(
+        inside[:, None],
+        torch.as_tensor(value, dtype=tile.dtype).reshape(-1, 1).to(tile.device),
+        tile.gather(1, columns),
+    )
     tile.scatter_(1, columns, kept)

@@ -1,7 +1,7 @@
 """How are log-probs and their gradients computed tile by tile?
 
-The (N, V) logits are never held: a loop over row tiles and vocabulary slabs multiplies with the vendor's GEMM, folds the tile
-away with a tile pass, and goes on. Three loops, by what a caller needs:
+The (N, V) logits are never held: a loop over row tiles and vocabulary slabs multiplies with the vendor's GEMM, folds
+the tile away with a tile pass, and goes on. Three loops, by what a caller needs:
 
     logps_only       no gradient, or the forward of a trainable head       1 GEMM
     logps_and_unit   frozen head: the gradient of logp_i before upstream   2 GEMMs, and none in backward
@@ -29,7 +29,9 @@ from dpo_engine.ops.tile_pass import tile_backward, tile_pass
 ROW_MULTIPLE = 16  # row tiles are padded to this, so that a row's bits do not depend on how many rows came with it
 _TILE_ROWS = {"cpu": 512, "cuda": 1024}
 _TILE_COLUMNS = {"cpu": 4096, "cuda": 8192}
-_SLAB_BYTES = 24 << 20  # a CPU without bfloat16 instructions multiplies in float32, from a copy of the slab this large at most
+_SLAB_BYTES = (
+    24 << 20
+)  # a CPU without bfloat16 instructions multiplies in float32, from a copy of the slab this large at most
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ def logps_only(hidden: Tensor, head: Head, labels: Tensor, dtype: torch.dtype, p
         dtype: what `hidden` and `head.weight` are rounded to before they are multiplied.
     """
     plan = _plan(hidden, head, dtype)
-    parts = [_fold_vocabulary(rows, head, row_labels, plan, passes, None) for rows, row_labels in plan.row_tiles(hidden, labels)]
+    parts = [
+        _fold_vocabulary(rows, head, row_labels, plan, passes, None)
+        for rows, row_labels in plan.row_tiles(hidden, labels)
+    ]
     return _join(parts, hidden.shape[0], plan)
 
 
@@ -116,8 +121,8 @@ def head_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `sum_i grad_i * logp_i` by recomputing each tile: up to 3 GEMMs.
 
-    The vocabulary is the outer loop, so that every slab of dW is summed in float32 and written once; dH is summed in (N, D)
-    float32 on the way.
+    The vocabulary is the outer loop, so that every slab of dW is summed in float32 and written once; dH is summed in
+    (N, D) float32 on the way.
 
     Args:
         stats: what `logps_only` gave for the same inputs.
@@ -177,7 +182,7 @@ class _Plan:
     packed: Tensor | None  # one tile in the GEMM's dtype, where that is another
 
     def row_tiles(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Row tiles in the GEMM's dtype, the last one padded with zero rows of label 0 to a multiple of `ROW_MULTIPLE`."""
+        """Row tiles in the GEMM's dtype, the last padded with zero rows of label 0 to a multiple of `ROW_MULTIPLE`."""
         for rows, row_labels in zip(hidden.split(self.rows), labels.split(self.rows), strict=True):
             rows = rows.to(self.rounded).to(self.multiply)
             missing = -rows.shape[0] % ROW_MULTIPLE
@@ -199,7 +204,7 @@ class _Plan:
         return head.weight.index_select(0, labels).to(self.rounded).to(self.accumulate)
 
     def tile(self, rows: Tensor, slab: Tensor) -> tuple[Tensor, Tensor]:
-        """`rows @ slab.T` in the accumulation dtype, and where its exponentials should go (the same place if that fits)."""
+        """`rows @ slab.T` in the accumulation dtype, and where its exponentials go (the same place if that fits)."""
         shape = rows.shape[0], slab.shape[0]
         tile = self.buffer[: shape[0] * shape[1]].view(shape)
         if self.multiply == self.accumulate:

@@ -1,0 +1,64 @@
+# Set-up, demo, tests and checks. `make` alone lists them.
+#
+# PYTHON=python3.12 make demo     another interpreter for .venv (3.10 to 3.13)
+# make test PYTEST_ARGS='-k head' arguments handed on to pytest
+# pip's own settings (PIP_INDEX_URL, pip.conf, ...) are respected.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+SETUP_FILES := setup.py pyproject.toml constraints.txt
+RUN_EXTRAS := train,demo,report
+DEV_EXTRAS := $(RUN_EXTRAS),dev
+
+# pip shows its progress in a terminal and keeps quiet in a log.
+PIP_INSTALL = quiet=--quiet; [ -t 1 ] && quiet=; $(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed  ## train a real 135M model with DPO on the example pairs, and show that it worked
+	$(BIN)/dpo-engine train examples/demo.yaml
+
+test: $(VENV)/.installed-dev  ## run the tests, without those marked slow or gpu
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev  ## run every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and everything built or cached here (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that venv puts there, so a set-up that was killed half-way is made again.
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.10 to 3.13 or name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.10 to 3.13 is needed, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or name another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "Making $(VENV) with $$($(PYTHON) -V 2>&1)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(SETUP_FILES) | $(BIN)/pip
+	@echo "Installing what the demo needs into $(VENV) (once; torch and its libraries are the large part)"
+	@$(PIP_INSTALL) '.[$(RUN_EXTRAS)]'
+	@touch $@
+
+# Holds all that the demo needs too, so that `make demo` after `make test` installs nothing.
+$(VENV)/.installed-dev: $(SETUP_FILES) | $(BIN)/pip
+	@echo "Installing what the demo and the tests need into $(VENV) (once; torch and its libraries are the large part)"
+	@$(PIP_INSTALL) '.[$(DEV_EXTRAS)]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,104 @@
+"""What is a batch? A forest: trees, each a prompt with its K completions, and explicit indices of what is scored.
+
+`score_from (N,)` says which hidden row predicts, `labels (N,)` what, and `completion_ids (N,)` for whom. No label is
+shifted and nothing is masked by token id, so a layout is free to put tokens where it likes. Today every completion is
+laid out as a row of its own, prompt repeated, rows padded on the right; under causal attention padding on the right is
+seen by no scored token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class TokenTree(Protocol):
+    """One prompt and its completions as token ids; `dpo_engine.data.TokenizedTree` is one."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+
+    @property
+    def completions(self) -> Sequence[Sequence[int]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceForest:
+    """T trees with C completions and N scored tokens, ready for the model. All tensors are int64."""
+
+    input_ids: Tensor  # (rows, width)
+    score_from: Tensor  # (N,) into the flattened (rows * width) hidden states
+    labels: Tensor  # (N,) vocabulary ids
+    completion_ids: Tensor  # (N,) ascending, in [0, C)
+    tree_ids: Tensor  # (C,) ascending, in [0, T)
+    trees: int
+    """T."""
+    lengths: tuple[int, ...]
+    """Scored tokens of each of the C completions, known without asking the device."""
+    tokens: int
+    """Real tokens in `input_ids`, padding not counted."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceForest:
+        """The same forest on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PreferenceForest:
+        """The same forest in page-locked host memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PreferenceForest:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+def build_forest(trees: Sequence[TokenTree]) -> PreferenceForest:
+    """Lay trees out as separate rows, `prompt + completion`, padded on the right with token 0.
+
+    The last token of a completion predicts nothing, so it is a label but not an input.
+
+    Raises:
+        ValueError: no tree, an empty prompt (nothing would predict the first token), or an empty completion.
+    """
+    if not trees:
+        raise ValueError("build_forest: no trees were given; expected at least one")
+    rows: list[list[int]] = []
+    scored: list[tuple[int, Sequence[int]]] = []  # (prompt length, completion) of each row
+    tree_ids: list[int] = []
+    for index, tree in enumerate(trees):
+        if not tree.prompt_ids or not all(tree.completions):
+            given = f"{len(tree.prompt_ids)} prompt tokens, completions of {[len(c) for c in tree.completions]} tokens"
+            raise ValueError(f"build_forest: tree {index} has {given}; expected at least one token in each")
+        for completion in tree.completions:
+            rows.append([*tree.prompt_ids, *completion[:-1]])
+            scored.append((len(tree.prompt_ids), completion))
+            tree_ids.append(index)
+    width = max(map(len, rows))
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    lengths = tuple(len(completion) for _, completion in scored)
+    return PreferenceForest(
+        input_ids=input_ids,
+        score_from=torch.cat(
+            [
+                torch.arange(len(completion)) + (row * width + prompt_length - 1)
+                for row, (prompt_length, completion) in enumerate(scored)
+            ]
+        ),
+        labels=torch.tensor([token for _, completion in scored for token in completion]),
+        completion_ids=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)),
+        tree_ids=torch.tensor(tree_ids),
+        trees=len(trees),
+        lengths=lengths,
+        tokens=sum(map(len, rows)),
+    )
+
+
+def sum_by_completion(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`sums[c] = sum(token_logps[completion_ids == c])`: (N,), C lengths -> (C,).
+
+    By slices, since `completion_ids` is ascending: exact in order on every device, where a scatter-add on CUDA is not.
+    """
+    return torch.stack([part.sum() for part in token_logps.split(list(lengths))])

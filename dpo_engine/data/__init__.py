@@ -1,0 +1,34 @@
+"""How does a data source become tokenised trees?
+
+    reading.py      a file, a hub id or a list  -> rows with the place they came from (origin)
+    strict_json.py  text -> a JSON value, refusing what json.loads lets through
+    formats.py      rows -> preference rows: which columns mean what
+    templates.py    preference row -> prompt text and completion texts
+    tokenizing.py   texts -> token ids, with an exact boundary and a scored end token
+    truncation.py   token ids -> token ids that fit max_length
+    pairs.py        all of it in order, and the report that accounts for every row
+    records.py      the plain types that pass between them
+
+Nothing here needs a model, and transformers, datasets and pyarrow are imported only where a source needs them.
+"""
+
+from __future__ import annotations
+
+from dpo_engine.data.formats import DataFormat, detect_format
+from dpo_engine.data.pairs import PairSource, check_source, load_pairs, tokenize_pairs
+from dpo_engine.data.reading import read_rows
+from dpo_engine.data.records import DataReport, PairData, PreferenceRow, TokenizedTree
+
+__all__ = [
+    "DataFormat",
+    "DataReport",
+    "PairData",
+    "PairSource",
+    "PreferenceRow",
+    "TokenizedTree",
+    "check_source",
+    "detect_format",
+    "load_pairs",
+    "read_rows",
+    "tokenize_pairs",
+]

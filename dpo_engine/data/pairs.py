@@ -1,0 +1,320 @@
+"""How does a data source become pairs ready to train on, with every row accounted for?
+
+`check_source` reads files, columns and rows, needs neither model nor tokenizer, and gives a `PairSource`.
+`load_pairs` goes on to token ids that fit max_length, and gives the `PairData` to train on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_engine.data.formats import SAMPLE_ROWS, DataFormat, detect_format, preference_row, require_pairs
+from dpo_engine.data.reading import read_rows, rows_in_memory
+from dpo_engine.data.records import (
+    BadRow,
+    DataReport,
+    PairData,
+    PreferenceRow,
+    SourceRow,
+    TokenizedTree,
+    UnusableRow,
+    describe_reason,
+)
+from dpo_engine.data.templates import (
+    ChatRenderer,
+    PlainRenderer,
+    RenderedTree,
+    marker_tokens,
+    texts_of,
+    use_chat_template,
+)
+from dpo_engine.data.tokenizing import EncodedTree, TreeEncoder
+from dpo_engine.data.truncation import LOST, check_truncation, truncate_tree
+from dpo_engine.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_UNUSABLE_SHARE = 0.05
+"""Above this share of unusable rows the data is taken for broken, or for misread."""
+
+UNPARSED = "could not be parsed"
+UNUSABLE = ("prompts differ", "empty prompt", "empty completion", "identical completions")
+"""Reasons that count towards `MAX_UNUSABLE_SHARE`; truncation and rows skipped on request do not."""
+REFUSED = "refused by the chat template"
+IDENTICAL_AFTER_CUT = "identical after truncation"
+BEYOND_LIMIT = "beyond limit"
+MERGED = "the tokenizer merges across the end of the prompt, so a completion is tokenised on its own"
+_BATCH = 512
+
+
+@dataclass(kw_only=True)
+class PairSource:
+    """A data source whose every row was read and understood, still text."""
+
+    rows: list[PreferenceRow]
+    report: DataReport
+    """What is known so far; `rows_used` counts the rows in `rows`."""
+    format: DataFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    max_length: int | None
+    truncation: str
+    skip_bad_rows: bool
+    limit: int | None
+
+
+def check_source(
+    source: str | Path, *, split: str = "train", skip_bad_rows: bool = False, method: str = "dpo"
+) -> PairSource:
+    """Reads a source and says all that can be said without a tokenizer.
+
+    Args:
+        source: A .jsonl, .json, .csv (also .gz) or .parquet file, or a hub dataset id.
+        split: Which split of a hub dataset.
+        skip_bad_rows: Leave out and count rows that cannot be parsed, instead of stopping at the first.
+        method: The method that will use the pairs, for the message that refuses unpaired data.
+
+    Returns:
+        The usable rows, for `load_pairs`.
+
+    Raises:
+        DataError: The source is missing, empty or not understood; a row cannot be parsed ("file:line: reason"); the
+            rows are unpaired; or more than 5 % of the rows are unusable.
+    """
+    return _understood(read_rows(source, split=split), str(source), skip_bad_rows, method)
+
+
+def load_pairs(
+    source: str | Path | PairSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    truncation: str = "keep_start",
+    skip_bad_rows: bool = False,
+    split: str = "train",
+    limit: int | None = None,
+    chat_template: str | bool = "auto",
+    method: str = "dpo",
+) -> PairData:
+    """Reads a source and tokenises it.
+
+    Args:
+        source: As for `check_source`, or what `check_source` returned.
+        tokenizer: A transformers tokenizer.
+        max_length: Tokens of a prompt and its longest completion together; None for no bound.
+        truncation: What to do beyond it: "keep_start", "keep_end", "drop" or "error" (see truncation.py).
+        skip_bad_rows: Leave out and count rows that cannot be parsed or that the chat template refuses.
+        split: Which split of a hub dataset.
+        limit: Keep only the first so many usable pairs, and do not look at the rows after them.
+        chat_template: "auto" (if the tokenizer has one), "on" or "off".
+        method: The method that will use the pairs.
+
+    Returns:
+        The trees, their rows and the report.
+
+    Raises:
+        ConfigError: An option is out of range.
+        DataError: As for `check_source`; a row is too long with "error"; the template cannot be used; no row is left.
+    """
+    check_truncation(max_length, truncation)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}, expected at least 1 or none")
+    with_template = use_chat_template(tokenizer, chat_template)
+    if not isinstance(source, PairSource):
+        source = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method)
+    shape = source.format.shape
+    renderer: ChatRenderer | PlainRenderer = PlainRenderer(shape.plain_separator)
+    if with_template:
+        renderer = ChatRenderer(tokenizer, transcript=shape.transcript)
+    options = _Options(max_length=max_length, truncation=truncation, skip_bad_rows=skip_bad_rows, limit=limit)
+    return _Loading(source, tokenizer, renderer, options).run()
+
+
+def tokenize_pairs(
+    rows: PairSource | Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    truncation: str = "keep_start",
+    skip_bad_rows: bool = False,
+    limit: int | None = None,
+    chat_template: str | bool = "auto",
+    method: str = "dpo",
+    source: str | None = None,
+) -> PairData:
+    """Tokenises rows that are already in memory.
+
+    Args:
+        rows: A list of dicts or a `datasets.Dataset`, in any shape that files may have; or a `PairSource`.
+        tokenizer: A transformers tokenizer.
+        max_length, truncation, skip_bad_rows, limit, chat_template, method: As for `load_pairs`.
+        source: What to call the rows in messages, such as "train_dataset".
+
+    Returns:
+        As `load_pairs`, with origins "row 17", or "train_dataset:row 17".
+
+    Raises:
+        As `load_pairs`.
+    """
+    if not isinstance(rows, PairSource):
+        rows = _understood(rows_in_memory(rows, source), source or "the data in memory", skip_bad_rows, method)
+    return load_pairs(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        truncation=truncation,
+        skip_bad_rows=skip_bad_rows,
+        limit=limit,
+        chat_template=chat_template,
+        method=method,
+    )
+
+
+def _understood(rows: Iterator[SourceRow], source: str, skip_bad_rows: bool, method: str) -> PairSource:
+    report = DataReport(source=source, format="")
+    readable = _readable(rows, report, skip_bad_rows)
+    sample = list(itertools.islice(readable, SAMPLE_ROWS))
+    if not sample:
+        if report.rows_left_out:
+            raise DataError(f"{source}: no row could be parsed: {describe_reason(report, UNPARSED)}")
+        raise DataError(f"{source} holds no rows")
+    try:
+        data_format = detect_format(row.columns for row in sample if row.columns is not None)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    require_pairs(data_format, source, method)
+    report.format = str(data_format)
+    kept = []
+    for row in itertools.chain(sample, readable):
+        try:
+            kept.append(preference_row(data_format, row))
+        except BadRow as error:
+            _skip_or_stop(report, row.origin, str(error), skip_bad_rows)
+        except UnusableRow as error:
+            report.leave_out(str(error), row.origin)
+    report.rows_used = len(kept)
+    _check_usable(report)
+    return PairSource(rows=kept, report=report, format=data_format)
+
+
+def _readable(rows: Iterator[SourceRow], report: DataReport, skip_bad_rows: bool) -> Iterator[SourceRow]:
+    for row in rows:
+        report.rows_read += 1
+        if row.fault is None:
+            yield row
+        else:
+            _skip_or_stop(report, row.origin, row.fault, skip_bad_rows)
+
+
+def _skip_or_stop(report: DataReport, origin: str, fault: str, skip_bad_rows: bool, reason: str = UNPARSED) -> None:
+    if not skip_bad_rows:
+        raise DataError(f"{origin}: {fault} (mend the row, or leave such rows out with --skip-bad-rows)")
+    report.leave_out(reason, origin)
+
+
+def _check_usable(report: DataReport) -> None:
+    """Raises `DataError` when too many rows are unusable, or none is left."""
+    reasons = [reason for reason in report.rows_left_out if reason in UNUSABLE]
+    unusable = sum(report.rows_left_out[reason] for reason in reasons)
+    if unusable > MAX_UNUSABLE_SHARE * report.rows_read:
+        said = "; ".join(describe_reason(report, reason) for reason in reasons)
+        raise DataError(
+            f"{report.source}: {unusable} of {report.rows_read} rows are unusable, more than {MAX_UNUSABLE_SHARE:.0%}: "
+            f"{said}; check that the columns mean what was read ({report.format}), or remove these rows"
+        )
+    if not report.rows_used:
+        said = "; ".join(describe_reason(report, reason) for reason in report.rows_left_out)
+        raise DataError(f"{report.source}: no usable row is left of {report.rows_read}: {said}")
+
+
+class _Loading:
+    """One pass over the rows of a source, batch by batch, in order."""
+
+    def __init__(
+        self,
+        source: PairSource,
+        tokenizer: PreTrainedTokenizerBase,
+        renderer: ChatRenderer | PlainRenderer,
+        options: _Options,
+    ) -> None:
+        self._rows, self._renderer, self._options = source.rows, renderer, options
+        self._encoder = TreeEncoder(tokenizer, adds_bos=renderer.adds_bos, appends_eos=renderer.appends_eos)
+        self._markers = re.compile("|".join(map(re.escape, marker_tokens(tokenizer))) or "(?!)")
+        known = source.report
+        report = replace(known, rows_left_out=dict(known.rows_left_out), notes=list(known.notes))
+        report.examples = {reason: list(origins) for reason, origins in known.examples.items()}
+        report.format = f"{known.format}; {renderer.clause}"
+        self._data = PairData(trees=[], rows=[], report=report)
+        self._noted: Counter[str] = Counter()
+
+    def run(self) -> PairData:
+        data, report, limit = self._data, self._data.report, self._options.limit
+        for start in range(0, len(self._rows), _BATCH):
+            batch = self._rows[start : start + _BATCH]
+            if len(data) == limit:  # rows that nobody will use need no tokens
+                for row in batch:
+                    report.leave_out(BEYOND_LIMIT, row.origin)
+                continue
+            for row, rendered, encoded in self._encoded(batch):
+                if len(data) == limit:
+                    report.leave_out(BEYOND_LIMIT, row.origin)
+                else:
+                    self._take(row, rendered, encoded)
+        report.rows_used = len(data)
+        report.notes += [f"{count} {'row' if count == 1 else 'rows'}: {note}" for note, count in self._noted.items()]
+        _check_usable(report)
+        return data
+
+    def _encoded(self, batch: list[PreferenceRow]) -> Iterator[tuple[PreferenceRow, RenderedTree, EncodedTree]]:
+        rows, rendered = [], []
+        for row in batch:
+            try:
+                rendered.append(self._renderer.render(row))
+                rows.append(row)
+            except BadRow as error:
+                _skip_or_stop(self._data.report, row.origin, str(error), self._options.skip_bad_rows, REFUSED)
+        return zip(rows, rendered, self._encoder.encode(rendered), strict=True)
+
+    def _take(self, row: PreferenceRow, rendered: RenderedTree, encoded: EncodedTree) -> None:
+        """Keeps one row, or leaves it out for a reason that only its tokens show."""
+        report, options = self._data.report, self._options
+        reason = _unusable(encoded)
+        if reason:
+            report.leave_out(reason, row.origin)
+            return
+        whole = TokenizedTree(prompt_ids=encoded.prompt_ids, completions=encoded.completions, origin=row.origin)
+        tree = truncate_tree(whole, options.max_length, options.truncation)
+        if tree is None:
+            report.leave_out(LOST[options.truncation], row.origin)
+            return
+        if tree.completions[0] == tree.completions[1]:
+            report.leave_out(IDENTICAL_AFTER_CUT, row.origin)
+            return
+        self._data.trees.append(tree)
+        self._data.rows.append(row)
+        report.truncated += tree is not whole
+        self._noted.update(note for note, holds in self._notes(row, rendered, encoded) if holds)
+
+    def _notes(self, row: PreferenceRow, rendered: RenderedTree, encoded: EncodedTree) -> Iterator[tuple[str, bool]]:
+        yield MERGED, encoded.merged
+        yield "the template's generation prompt ends with white space that answers do not begin with", rendered.trimmed
+        yield "the text itself holds a special token of the tokenizer", bool(self._markers.search(texts_of(row)))
+
+
+def _unusable(encoded: EncodedTree) -> str | None:
+    if not encoded.prompt_ids:
+        return "empty prompt"
+    if not all(encoded.completions):
+        return "empty completion"
+    if encoded.completions[0] == encoded.completions[1]:
+        return "identical completions"
+    return None

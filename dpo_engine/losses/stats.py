@@ -1,0 +1,23 @@
+"""What does a pairwise loss get to see? A few numbers per completion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairStats:
+    """Sums over the scored tokens of B pairs; every field is (B,) float32, log-probs in nats, lengths in tokens."""
+
+    chosen_logps: Tensor
+    """`sum_t log pi(y_t)` of the chosen completion under the policy."""
+    rejected_logps: Tensor
+    """The same of the rejected completion."""
+    reference_chosen_logps: Tensor | None = None
+    """The chosen completion under the reference; None for a method that needs no reference."""
+    reference_rejected_logps: Tensor | None = None
+    chosen_lengths: Tensor
+    """Scored tokens of the chosen completion, its end-of-sequence token included."""
+    rejected_lengths: Tensor

@@ -1,0 +1,146 @@
+"""How does a causal language model return log-probs instead of logits?
+
+    bind_scoring(model)
+    out = model(input_ids=..., attention_mask=..., score_from=score_from, labels=labels)
+    out.token_logps                       # (N,) float32: of labels[i], predicted by row score_from[i] of hidden.reshape(-1, D)
+
+A call with `score_from` runs the decoder, gathers the rows that predict, and hands them to `linear_logps`; the logits are
+never built. A call without it is the model's own forward, so that generation and evaluation by others go on working.
+
+It happens inside `forward` because wrappers (PEFT, DDP, FSDP2, autocast) act there: around the wrapper, DDP would not reduce
+the head's gradients and FSDP2 would mix kinds of tensor. The forward is bound on the instance and not on a subclass, because
+others also replace it there (offloading hooks, quantised loading, autocast) and a class would be hidden by them; a bound
+method follows its model through `copy.deepcopy`. Pickling a bound model gives back the ordinary forward: bind it again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from dpo_engine.errors import ModelError
+from dpo_engine.model.head import head_of, read_head_transform
+from dpo_engine.ops import linear_logps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MARK = "_dpo_engine_scores"
+# For the part after the decoder, which scoring does without.
+_OF_THE_HEAD = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch", "return_dict", "use_cache")
+
+
+@dataclass
+class ScoredTokens(ModelOutput):
+    """What a scoring call returns."""
+
+    token_logps: Tensor | None = None
+    """(N,) float32, log-prob of each scored token; natural logarithm."""
+
+
+def bind_scoring(model: PreTrainedModel) -> None:
+    """Make `model(..., score_from=..., labels=...)` return `ScoredTokens`. Binding twice is binding once.
+
+    `model.scoring_backend` ("auto") is handed to `linear_logps` at every call.
+
+    Args:
+        model: the causal language model itself; of a PeftModel, `peft_model.get_base_model()`.
+
+    Raises:
+        ModelError: it has no decoder apart from its head, or a head that is not plain.
+    """
+    if is_bound(model):
+        return
+    head_of(model)
+    decoder_of(model)
+    instance: Any = model  # nn.Module's annotations allow parameters and modules only
+    instance.forward_without_scoring = model.forward
+    instance.forward = types.MethodType(_scoring_forward(model.forward), model)
+    if not hasattr(model, "scoring_backend"):
+        instance.scoring_backend = "auto"
+
+
+def unbind_scoring(model: PreTrainedModel) -> None:
+    """Give the model its own forward back. A model that is not bound is left alone."""
+    if not is_bound(model):
+        return
+    instance: Any = model
+    own = instance.forward_without_scoring
+    del instance.forward_without_scoring, instance.forward
+    if instance.forward != own:  # it had been replaced on the instance before it was bound
+        instance.forward = own
+
+
+def is_bound(model: PreTrainedModel) -> bool:
+    """Whether `bind_scoring` is in effect on this very instance."""
+    return getattr(getattr(model.forward, "__func__", None), _MARK, False)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of the model that ends in the hidden states its head receives.
+
+    Raises:
+        ModelError: there is no such part.
+    """
+    for decoder in (model.base_model, model.get_decoder()):
+        if decoder is not model and decoder is not None:
+            return decoder
+    raise ModelError(
+        f"{type(model).__name__} has no decoder apart from its head; expected a model such as LlamaForCausalLM"
+    )
+
+
+def _scoring_forward(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A function for `types.MethodType`. It holds no model, so that copies of the model do not share one."""
+
+    def forward(self: Any, *args: Any, score_from: Tensor | None = None, **kwargs: Any) -> Any:
+        if score_from is None:
+            return self.forward_without_scoring(*args, **kwargs)
+        return _score(self, score_from, *args, **kwargs)
+
+    # transformers reads the names of forward's arguments (generation, the Trainer's choice of columns), so they must stay.
+    # functools.wraps is not used: it would keep `own`, and with it the model, alive in every copy.
+    parameters = list(inspect.signature(own).parameters.values())
+    at = next((i for i, parameter in enumerate(parameters) if parameter.kind is parameter.VAR_KEYWORD), len(parameters))
+    parameters.insert(at, inspect.Parameter("score_from", inspect.Parameter.KEYWORD_ONLY, default=None))
+    parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY))
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    forward.__doc__ = own.__doc__
+    setattr(forward, _MARK, True)
+    return forward
+
+
+def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> ScoredTokens:
+    """`linear_logps(decoder(...)[score_from], head, labels)`.
+
+    Args:
+        score_from: (N,) int64, rows of `hidden.reshape(-1, D)`.
+        labels: (N,) int64, the token that each row predicts.
+    """
+    if labels is None:
+        raise ValueError("score_from was given without labels; expected labels (N,), the token that each row predicts")
+    decoder_arguments = {k: v for k, v in kwargs.items() if k not in _OF_THE_HEAD and v is not None}
+    hidden = decoder_of(model)(*args, use_cache=False, **decoder_arguments)[0]  # (B, L, D)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, score_from)  # (N, D)
+    weight, bias = head_of(model)
+    if rows.dtype != weight.dtype and not torch.is_autocast_enabled(rows.device.type):
+        rows = rows.to(weight.dtype)  # as models do that keep a float32 residual stream before a bfloat16 head
+    transform = read_head_transform(model.config)
+    token_logps = linear_logps(
+        rows,
+        weight,
+        labels,
+        bias=bias,
+        logit_scale=transform.logit_scale,
+        softcap=transform.softcap,
+        ignore_index=None,
+        backend=model.scoring_backend,
+    )
+    return ScoredTokens(token_logps=token_logps)

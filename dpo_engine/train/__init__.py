@@ -1,0 +1,1 @@
+"""Training: configuration, the trainer, and one whole run."""

@@ -1,0 +1,103 @@
+"""Which settings does a trainer have? One flat, typed, checked dataclass; YAML keys and flags are its fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.losses import get_method
+
+TRUNCATIONS = ("keep_start", "keep_end", "drop", "error")
+DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
+CHAT_TEMPLATES = ("auto", "on", "off")
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """What `DPOTrainer` is told: `transformers.TrainingArguments` and the fields below.
+
+    `per_device_train_batch_size` counts pairs. A step's gradient is the mean over the step's pairs, whatever the
+    packing.
+    """
+
+    method: str = field(default="dpo", metadata={"help": "Loss, a name of dpo_engine.losses.LOSSES."})
+    beta: float = field(default=0.1, metadata={"help": "How strongly the policy is held to the reference; > 0."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of labels taken to be flipped, in [0, 0.5); above 0, dpo is cDPO."}
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Most tokens in a prompt and its longest completion; `truncation` says what is done."},
+    )
+    truncation: str = field(
+        default="keep_start", metadata={"help": "What is done to longer rows: keep_start, keep_end, drop or error."}
+    )
+    chat_template: str = field(
+        default="auto",
+        metadata={"help": "Whether prompts given as text are put in the chat template: auto, on or off."},
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave out (and count) rows that cannot be parsed, instead of stopping."}
+    )
+    max_tokens_per_forest: int | None = field(
+        default=None,
+        metadata={"help": "Tokens computed at once, padding included: memory and speed only, never the result."},
+    )
+
+    learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate (about 5e-6 suits LoRA)."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (or share of steps, if < 1)."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave off: it reads the loss from the device at every micro-batch."}
+    )
+    # Written in this order because transformers' parser takes the second of the three for the flag's type.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Where to log: none, tensorboard, wandb, mlflow, ... (transformers' names)."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: batches are forests."})
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            # The re-entrant kind needs inputs with gradients; under LoRA there are none and nothing would train.
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().__post_init__()
+
+    def _check(self) -> None:
+        """Raise a `ConfigError` for the first value out of range."""
+        get_method(self.method)
+        require(self.beta > 0, "beta", self.beta, "a number above 0")
+        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
+        require(
+            self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, or none"
+        )
+        require(self.truncation in TRUNCATIONS, "truncation", self.truncation, f"one of {', '.join(TRUNCATIONS)}")
+        require(
+            self.chat_template in CHAT_TEMPLATES,
+            "chat_template",
+            self.chat_template,
+            f"one of {', '.join(CHAT_TEMPLATES)}",
+        )
+        budget = self.max_tokens_per_forest
+        require(budget is None or budget > 0, "max_tokens_per_forest", budget, "a number above 0, or none")
+        require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "a number of at least 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "a number above 0")
+        require(
+            self.max_steps == -1 or self.max_steps > 0,
+            "max_steps",
+            self.max_steps,
+            "a number above 0, or -1 for all epochs",
+        )
+        smoothing = self.label_smoothing_factor
+        require(smoothing == 0, "label_smoothing_factor", smoothing, "0; the loss's own parameter is label_smoothing")
+
+
+def require(holds: bool, name: str, given: Any, expected: str) -> None:
+    """Raise a `ConfigError` that says what was given and what was expected, unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{name}={given!r} is out of range; expected {expected}")

@@ -1,0 +1,52 @@
+"""What is logged about a batch of pairs? Sums that stay on the device until they are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_engine.losses import PairStats
+
+
+def pair_metrics(stats: PairStats, losses: Tensor, beta: float) -> dict[str, Tensor]:
+    """Sums over the B pairs of every logged quantity, without gradient.
+
+    `rewards/chosen = beta * (logps - reference_logps)`. `rewards/accuracies` counts a pair whose two rewards are equal
+    as half: before the first step every pair is such a tie.
+    """
+    with torch.no_grad():
+        metrics = {"loss": losses, "logps/chosen": stats.chosen_logps, "logps/rejected": stats.rejected_logps}
+        if stats.reference_chosen_logps is not None and stats.reference_rejected_logps is not None:
+            chosen = beta * (stats.chosen_logps - stats.reference_chosen_logps)
+            rejected = beta * (stats.rejected_logps - stats.reference_rejected_logps)
+            metrics |= {
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/margins": chosen - rejected,
+                "rewards/accuracies": 0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
+            }
+        return {name: values.detach().sum() for name, values in metrics.items()}
+
+
+class MetricSums:
+    """Running sums of metrics and the number of pairs they are over."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, sums: dict[str, Tensor], count: int) -> None:
+        """Add sums over `count` pairs; nothing is read from the device."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += count
+
+    def stacked(self, device: torch.device) -> Tensor:
+        """(names + 1,) float64: every sum, then the count, ready to be added over ranks."""
+        values = [value.double() for value in self.sums.values()]
+        return torch.stack([*values, torch.tensor(float(self.count), dtype=torch.float64, device=device)])
+
+    def means(self, stacked: Tensor) -> dict[str, float]:
+        """Means by name from what `stacked` gave (added over ranks); the one place that reads the device."""
+        *sums, count = stacked.tolist()
+        return {name: value / count for name, value in zip(self.sums, sums, strict=True)}

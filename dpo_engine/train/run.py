@@ -1,0 +1,296 @@
+"""What happens in one `dpo-engine train`? From a configuration to a saved model and the numbers that say if it worked.
+
+Everything that can be refused is refused in the order of its cost: configuration, output folder, data, model config,
+weights.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from dpo_engine.data import PairData, PairSource, check_source, load_pairs
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.adapters import ALL_LINEAR, add_lora
+from dpo_engine.model.loading import check_model, load_model, load_tokenizer, resolve_dtype, resolve_model
+from dpo_engine.train.config import DTYPES, DPOConfig, require
+from dpo_engine.train.report import draw_training, summary_text
+from dpo_engine.train.samples import Answer, answers_to
+from dpo_engine.train.trainer import DPOTrainer
+
+RESULT_SCHEMA = 1
+Say = Callable[[str], None]
+
+
+@dataclass
+class TrainConfig(DPOConfig):
+    """What `dpo-engine train` is told: the keys of its YAML file, and its flags."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Model folder, hub id, or smollm2 (a small packaged model)."}
+    )
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Preference pairs: .jsonl, .json, .csv (also .gz), .parquet, or a hub dataset id."},
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, judged before and after training."})
+    eval_split: str = field(default="test", metadata={"help": "Split of a hub dataset to judge on."})
+    max_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many usable pairs only."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16). Trainable weights are always float32."
+        },
+    )
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank; 0 trains every parameter."})
+    lora_alpha: float = field(
+        default=32.0, metadata={"help": "LoRA scale: adapters are multiplied by lora_alpha / lora_r."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters, in [0, 1)."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get adapters; all linear layers but the head if not given."},
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train anew although output_dir holds checkpoints of another run."}
+    )
+    sample_prompts: int = field(default=0, metadata={"help": "Held-out prompts to answer before and after training."})
+    sample_tokens: int = field(default=80, metadata={"help": "Most tokens of such an answer."})
+    picture: bool = field(default=True, metadata={"help": "Draw training.png in output_dir."})
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "model", self.model, "a model folder, a hub id, or smollm2")
+        require(bool(self.data), "data", self.data, "a file of preference pairs or a hub dataset id")
+        require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require(self.lora_r >= 0, "lora_r", self.lora_r, "a rank above 0, or 0 to train every parameter")
+        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "a number above 0")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "a number in [0, 1)")
+        require(self.max_pairs is None or self.max_pairs > 0, "max_pairs", self.max_pairs, "a number above 0, or none")
+        require(self.sample_prompts >= 0, "sample_prompts", self.sample_prompts, "a number of at least 0")
+        require(self.sample_tokens > 0, "sample_tokens", self.sample_tokens, "a number above 0")
+        require(not self.bf16 and not self.fp16, "bf16/fp16", True, "dtype: bfloat16 or float16 instead")
+        if self.eval_strategy != "no" and not self.eval_data:
+            raise ConfigError(f"eval_strategy={self.eval_strategy} needs held-out pairs; give eval_data")
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+            self.dataloader_pin_memory = False
+        dtype = resolve_dtype(self.dtype)
+        self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+        super().__post_init__()
+
+
+def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
+    """Train, judge, save.
+
+    Args:
+        config: checked settings.
+        say: gets every line meant for a person.
+
+    Returns:
+        What `--json` prints; the keys are in `docs/stability.md`.
+
+    Raises:
+        EngineError: input that cannot be used, or a run that must stop.
+    """
+    output = _prepare_output(config)
+    train_source = _source(config.data, config.data_split, config)
+    held_out_source = _source(config.eval_data, config.eval_split, config)
+    model_path = resolve_model(config.model, progress=say)  # type: ignore[arg-type]
+    check_model(model_path)
+    tokenizer = load_tokenizer(model_path)
+    data = _pairs(train_source, tokenizer, config, config.max_pairs)
+    assert data is not None
+    held_out = _pairs(held_out_source, tokenizer, config, None)
+    for source in (data, held_out):
+        for line in source.report.lines() if source else []:
+            say(line)
+    dtype = resolve_dtype(config.dtype)
+    say(f"loading {config.model} ({model_path}) in {str(dtype).removeprefix('torch.')} on {config.device}")
+    model = load_model(model_path, dtype=dtype, trainable=config.lora_r == 0)
+    if config.lora_r:
+        model = add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules or ALL_LINEAR,
+            dropout=config.lora_dropout,
+        )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters with {config.method}")
+    clock = _StepClock()
+    trainer = DPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    trainer.remove_callback(ProgressCallback)
+    if not config.disable_tqdm:
+        trainer.add_callback(_Progress(say))
+
+    prompts = [tree.prompt_ids for tree in held_out.trees[: config.sample_prompts]] if held_out else []
+    before = _judge(trainer, held_out, say, "before training")
+    answers_before = answers_to(model, tokenizer, prompts, config.sample_tokens)
+    trainer.train(resume_from_checkpoint=config.resume or None)
+    after = _judge(trainer, held_out, say, "after training")
+    answers_after = answers_to(model, tokenizer, prompts, config.sample_tokens)
+    answers = [
+        Answer(prompt=_user_text(row.prompt), before=b, after=a)
+        for row, b, a in zip(held_out.rows if held_out else [], answers_before, answers_after, strict=False)
+    ]
+
+    trainer.save_model(str(output))
+    trainer.save_state()
+    picture = None
+    if config.picture:
+        title = f"{config.method} · {config.model} · {len(data)} pairs"
+        picture = draw_training(trainer.state.log_history, output / "training.png", title=title)
+    result = {
+        "schema": RESULT_SCHEMA,
+        "method": config.method,
+        "model_path": str(model_path),
+        "output_dir": str(output),
+        "steps": trainer.state.global_step,
+        "rows_read": data.report.rows_read,
+        "rows_used": data.report.rows_used,
+        "rows_left_out": data.report.rows_left_out,
+        "held_out_rows": len(held_out) if held_out else 0,
+        "accuracy": _before_after(before, after, "eval_rewards/accuracies"),
+        "margin": _before_after(before, after, "eval_rewards/margins"),
+        "held_out_loss": _before_after(before, after, "eval_loss"),
+        "pairs_per_s": clock.pairs_per_second(config),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_cuda_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(config.device),
+        "picture": str(picture) if picture else None,
+        "answers": [vars(answer) for answer in answers],
+    }
+    say(summary_text(result, answers, picture))
+    return result
+
+
+def _prepare_output(config: TrainConfig) -> Path:
+    """The output folder, made and proven writable; refuses to mix two runs' checkpoints."""
+    output = Path(config.output_dir)  # type: ignore[arg-type]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output} cannot be written ({error.strerror}); expected a folder you may write to"
+        ) from error
+    last = get_last_checkpoint(str(output))
+    if config.resume and last is None:
+        raise ConfigError(
+            f"resume: {output} holds no checkpoint; leave --resume out, or set save_strategy and save_steps first"
+        )
+    if last is not None and not config.resume and not config.overwrite_output_dir:
+        raise ConfigError(
+            f"output_dir={output} holds {os.path.basename(last)} of an earlier run; go on with --resume, start anew "
+            "with --overwrite_output_dir, or choose another folder"
+        )
+    return output
+
+
+def _source(source: str | None, split: str, config: TrainConfig) -> PairSource | None:
+    if source is None:
+        return None
+    return check_source(source, split=split, skip_bad_rows=config.skip_bad_rows, method=config.method)
+
+
+def _pairs(source: PairSource | None, tokenizer: Any, config: TrainConfig, limit: int | None) -> PairData | None:
+    if source is None:
+        return None
+    return load_pairs(
+        source,
+        tokenizer,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        skip_bad_rows=config.skip_bad_rows,
+        chat_template=config.chat_template,
+        method=config.method,
+        limit=limit,
+    )
+
+
+def _judge(trainer: DPOTrainer, held_out: PairData | None, say: Say, when: str) -> dict[str, float] | None:
+    if held_out is None:
+        return None
+    metrics = trainer.evaluate()
+    accuracy, margin = metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"]
+    say(f"held out, {when}: loss {metrics['eval_loss']:.4f}, accuracy {accuracy:.1%}, margin {margin:+.3f}")
+    return metrics
+
+
+def _before_after(
+    before: dict[str, float] | None, after: dict[str, float] | None, name: str
+) -> dict[str, float | None]:
+    return {"before": before.get(name) if before else None, "after": after.get(name) if after else None}
+
+
+def _user_text(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+class _StepClock(TrainerCallback):
+    """Time spent inside optimiser steps, the first left out: it pays for warm-up and the check of the start value."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._first = True
+        self._begin = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            # Once a step, not once a micro-batch: the clock must not stop before the work does.
+            torch.cuda.synchronize()
+        if not self._first:
+            self.seconds += time.perf_counter() - self._begin
+            self.steps += 1
+        self._first = False
+
+    def pairs_per_second(self, args: TrainingArguments) -> float | None:
+        """Pairs of whole steps per second; None after a single step."""
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return self.steps * per_step / self.seconds if self.steps else None
+
+
+class _Progress(ProgressCallback):
+    """transformers' progress bar, with the numbers of interest instead of the whole log."""
+
+    def __init__(self, say: Say) -> None:
+        super().__init__()
+        self._say = say
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs and self.training_bar is not None:
+            shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+            self.training_bar.set_postfix({name: f"{logs[key]:.3f}" for name, key in shown.items() if key in logs})

@@ -1,0 +1,295 @@
+"""How does a policy train on pairs? A `transformers.Trainer` whose batches are forests and whose model scores tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from dpo_engine.batch import ForestCollator, PreferenceBatch, PreferenceForest, sum_by_completion, tree_cost
+from dpo_engine.data import PairData, tokenize_pairs
+from dpo_engine.errors import ConfigError, DataError, TrainingError
+from dpo_engine.losses import PairStats, get_method
+from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, reference_of
+from dpo_engine.model.probe import probe_head
+from dpo_engine.model.scoring import bind_scoring
+from dpo_engine.train.config import DPOConfig
+from dpo_engine.train.metrics import MetricSums, pair_metrics
+
+_FOREST_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+class DPOTrainer(Trainer):
+    """Preference optimisation with `args.method`, scoring completions without building logits.
+
+    Args:
+        model: a causal language model, or a `PeftModel` around one.
+        ref_model: the reference; None means the starting policy: the adapters switched off for LoRA, a frozen copy
+            otherwise. Always in eval mode, without gradient.
+        args: a `DPOConfig`.
+        train_dataset, eval_dataset: `datasets.Dataset` or list of dicts with preference columns, or tokenised
+            `PairData`.
+        processing_class: the tokenizer; needed unless the data is tokenised.
+        peft_config: wrap `model` in these adapters first.
+
+    Raises:
+        ModelError: the model's head cannot be reproduced (probe), in `__init__`.
+        DataError: no pair is left, or one does not fit `max_tokens_per_forest`, in `__init__`.
+        TrainingError: the loss before the first step is not the method's start value, in `train`.
+    """
+
+    # compute_loss already divides by the trees of the whole step (`num_items_in_batch`).
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        ref_model: PreTrainedModel | nn.Module | None = None,
+        args: DPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"DPOTrainer: model is {model!r}; expected a model object, "
+                f"e.g. AutoModelForCausalLM.from_pretrained({model!r})"
+            )
+        args = DPOConfig(output_dir="dpo_output") if args is None else args
+        if not isinstance(args, DPOConfig):
+            raise ConfigError(f"DPOTrainer: args is a {type(args).__name__}; expected a DPOConfig")
+        self.method = get_method(args.method)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        causal = _causal_model(model)
+        bind_scoring(causal)
+        self.reference = self._make_reference(model, ref_model)
+        self._starts_at_reference = ref_model is None and (not is_peft_model(model) or adapters_are_zero(model))
+        self._start_checked = False
+        self._train_metrics = MetricSums()
+        train_data = _tokenized(train_dataset, processing_class, args, "train_dataset")
+        eval_data = _tokenized(eval_dataset, processing_class, args, "eval_dataset")
+        self.max_tokens_per_forest = _forest_budget(args, [train_data, eval_data])
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ForestCollator(self.max_tokens_per_forest),  # type: ignore[arg-type]
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self.reference is not None:
+            self.reference.to(args.device)
+        probe_head(causal)
+
+    def _make_reference(self, model: nn.Module, ref_model: nn.Module | None) -> nn.Module | None:
+        """The frozen second model, or None where switching the adapters off gives the reference."""
+        if not self.method.needs_reference:
+            return None
+        if ref_model is None:
+            if is_peft_model(model):
+                return None
+            ref_model = copy.deepcopy(model)
+        elif ref_model is model:
+            raise ConfigError("DPOTrainer: ref_model is the model being trained; pass None for a frozen copy of it")
+        else:
+            bind_scoring(_causal_model(ref_model))
+        return ref_model.requires_grad_(False).eval()
+
+    # ---- scoring ----
+
+    def _token_logps(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
+        """(N,) log-probs of the forest's scored tokens under `model`."""
+        with self.accelerator.autocast():
+            return model(
+                input_ids=forest.input_ids, score_from=forest.score_from, labels=forest.labels
+            ).token_logps.float()
+
+    def _reference_token_logps(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
+        """The same under the reference: eval mode, no gradient, adapters off."""
+        if self.reference is not None:
+            with torch.no_grad():
+                return self._token_logps(self.reference, forest)
+        with reference_of(self.accelerator.unwrap_model(model)):
+            return self._token_logps(model, forest)
+
+    def _pair_stats(self, model: nn.Module, forest: PreferenceForest) -> PairStats:
+        """Sums per completion of both models; completions alternate chosen, rejected."""
+        reference: tuple[Tensor | None, Tensor | None] = None, None
+        if self.method.needs_reference:
+            reference = _alternating(sum_by_completion(self._reference_token_logps(model, forest), forest.lengths))
+        chosen, rejected = _alternating(sum_by_completion(self._token_logps(model, forest), forest.lengths))
+        lengths = torch.tensor(forest.lengths, dtype=torch.float32).to(chosen.device, non_blocking=True)
+        chosen_lengths, rejected_lengths = _alternating(lengths)
+        return PairStats(
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            reference_chosen_logps=reference[0],
+            reference_rejected_logps=reference[1],
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+        )
+
+    # ---- training ----
+
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: PreferenceBatch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward, forest by forest; gradients are reduced over ranks with the last one only.
+
+        Returns:
+            () this rank's part of the step's mean loss, times the number of ranks (which average their gradients).
+        """
+        model.train()
+        batch = inputs.to(self.args.device)
+        if not self._start_checked:
+            self._check_start(model, batch)
+        trees = batch.trees * self.args.world_size if num_items_in_batch is None else num_items_in_batch
+        total = torch.zeros((), device=self.args.device)
+        for index, forest in enumerate(batch.forests):
+            is_last = index == len(batch.forests) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                stats = self._pair_stats(model, forest)
+                losses = self.method(stats, self.config)
+                loss = losses.sum() * (self.args.world_size / trees)
+                self._train_metrics.add(pair_metrics(stats, losses, self.config.beta), forest.trees)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _get_num_items_in_batch(self, batch_samples: list[PreferenceBatch], device: torch.device) -> int:
+        """Trees of one optimiser step, over its micro-batches and all ranks."""
+        trees = sum(batch.trees for batch in batch_samples)
+        if self.args.world_size == 1:
+            return trees
+        return int(self.accelerator.reduce(torch.tensor(trees, device=device), "sum"))
+
+    def floating_point_ops(self, inputs: PreferenceBatch) -> int:  # type: ignore[override]
+        """6 operations per token and parameter, as transformers counts them; for `total_flos` in the logs only."""
+        tokens = sum(forest.tokens for forest in inputs.forests)
+        return 6 * tokens * sum(parameter.numel() for parameter in self.model_wrapped.parameters())
+
+    @property
+    def config(self) -> DPOConfig:
+        """`args`, by the type it was checked to be."""
+        assert isinstance(self.args, DPOConfig)
+        return self.args
+
+    def _check_start(self, model: nn.Module, batch: PreferenceBatch) -> None:
+        """Refuse to train where the reference is the starting policy but the loss says otherwise."""
+        self._start_checked = True
+        if self.state.global_step > 0 or not (self.method.needs_reference and self._starts_at_reference):
+            return
+        expected = self.method.start(self.config)
+        tolerance = 1e-3 if self.accelerator.mixed_precision != "no" else 1e-4
+        model.eval()
+        with torch.no_grad():
+            losses = torch.cat([self.method(self._pair_stats(model, forest), self.config) for forest in batch.forests])
+        model.train()
+        worst = losses[(losses - expected).abs().argmax()].item()
+        if not abs(worst - expected) <= tolerance:
+            raise TrainingError(
+                f"before the first step the policy is the reference, so every {self.config.method} loss must be "
+                f"{expected:.6f} (within {tolerance:g}), but a pair of the first batch has {worst:.6f}: policy and "
+                "reference are not computed alike (weights changed in memory, or a layer that is random in eval mode?)"
+            )
+
+    # ---- evaluation and logs ----
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Means over all pairs of the loss and of every metric that training logs."""
+        model = self.model_wrapped
+        if not self.accelerator._models:
+            model = self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        was_training = model.training
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        metrics = MetricSums()
+        with torch.no_grad():
+            for inputs in dataloader:
+                for forest in inputs.to(self.args.device).forests:
+                    stats = self._pair_stats(model, forest)
+                    metrics.add(pair_metrics(stats, self.method(stats, self.config), self.config.beta), forest.trees)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(was_training)
+        means = self._read(metrics)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(
+            predictions=None,  # type: ignore[arg-type]
+            label_ids=None,
+            metrics=named,
+            num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was summed since the last log to a training log."""
+        if "loss" in logs and self._train_metrics.count:
+            means = self._read(self._train_metrics)
+            logs |= {name: value for name, value in means.items() if name != "loss"}
+            self._train_metrics = MetricSums()
+        super().log(logs, start_time)
+
+    def _read(self, metrics: MetricSums) -> dict[str, float]:
+        stacked = metrics.stacked(self.args.device)
+        return metrics.means(self.accelerator.reduce(stacked, "sum") if self.args.world_size > 1 else stacked)
+
+
+def _alternating(by_completion: Tensor) -> tuple[Tensor, Tensor]:
+    """(2T,) in the order chosen, rejected, chosen, ... -> two of (T,)."""
+    chosen, rejected = by_completion.view(-1, 2).unbind(-1)
+    return chosen, rejected
+
+
+def _causal_model(model: nn.Module) -> PreTrainedModel:
+    """The model without adapters around it."""
+    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator,return-value]
+
+
+def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> PairData | None:
+    """Trees, from whatever a user passes as a data set."""
+    if dataset is None or isinstance(dataset, PairData):
+        return dataset
+    if tokenizer is None:
+        raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
+    return tokenize_pairs(
+        dataset,
+        tokenizer,
+        max_length=args.max_length,
+        truncation=args.truncation,
+        chat_template=args.chat_template,
+        skip_bad_rows=args.skip_bad_rows,
+        method=args.method,
+    )
+
+
+def _forest_budget(args: DPOConfig, datasets: Sequence[PairData | None]) -> int:
+    """`max_tokens_per_forest`, or this device's default raised to the largest tree."""
+    trees = [tree for data in datasets if data is not None for tree in data]
+    largest = max(trees, key=tree_cost, default=None)
+    if args.max_tokens_per_forest is None:
+        return max(_FOREST_TOKENS.get(args.device.type, 8192), tree_cost(largest) if largest else 0)
+    if largest and tree_cost(largest) > args.max_tokens_per_forest:
+        raise DataError(
+            f"{largest.origin}: the pair takes {tree_cost(largest)} tokens, more than "
+            f"max_tokens_per_forest={args.max_tokens_per_forest}; raise it, or set max_length to truncate"
+        )
+    return args.max_tokens_per_forest

@@ -1,0 +1,232 @@
+"""Are the shapes of preference data recognised by their columns, and read as what they mean?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dpo_engine.data import check_source, detect_format
+from dpo_engine.data.formats import preference_row, require_pairs
+from dpo_engine.data.records import BadRow, PreferenceRow, SourceRow, UnusableRow
+from dpo_engine.errors import DataError
+
+USER = {"role": "user", "content": "q"}
+SYSTEM = {"role": "system", "content": "be brief"}
+GOOD = {"role": "assistant", "content": "good"}
+BAD = {"role": "assistant", "content": "bad"}
+EARLIER = [USER, {"role": "assistant", "content": "which?"}, {"role": "user", "content": "that one"}]
+HH = "\n\nHuman: hi there \n\nAssistant: hello\n\nHuman: what is up?\n\nAssistant:"
+
+
+def _read(row: dict[str, Any]) -> PreferenceRow:
+    return preference_row(detect_format([row]), SourceRow(origin="row 1", columns=row))
+
+
+SHAPES: dict[str, tuple[dict[str, Any], str, Any, Any, Any]] = {
+    "text": (
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        "text pairs: prompt, chosen, rejected",
+        "q", "good", "bad",
+    ),
+    "text, system and more columns": (
+        {"system": "be brief", "prompt": "q", "chosen": "good", "rejected": "bad", "score": 3, "id": "x"},
+        "text pairs: prompt, system, chosen, rejected (ignored: score, id)",
+        [SYSTEM, USER], "good", "bad",
+    ),
+    "empty system": (
+        {"system": "", "prompt": "q", "chosen": "good", "rejected": "bad"},
+        "text pairs: prompt, system, chosen, rejected",
+        "q", "good", "bad",
+    ),
+    "chat": (
+        {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]},
+        "chat pairs: prompt, chosen, rejected",
+        [SYSTEM, USER], [GOOD], [BAD],
+    ),
+    "chat, completions as one message and as text": (
+        {"prompt": [USER], "chosen": GOOD, "rejected": "bad"},
+        "chat pairs: prompt, chosen, rejected",
+        [USER], [GOOD], [BAD],
+    ),
+    "chat, prompt as text": (
+        {"prompt": "q", "chosen": [GOOD], "rejected": [BAD]},
+        "chat pairs: prompt, chosen, rejected",
+        [USER], [GOOD], [BAD],
+    ),
+    "chat, completions repeat the prompt": (
+        {"prompt": EARLIER, "chosen": [*EARLIER, GOOD], "rejected": [*EARLIER, BAD]},
+        "chat pairs: prompt, chosen, rejected",
+        EARLIER, [GOOD], [BAD],
+    ),
+    "full conversations beside the prompt's text": (
+        {"prompt": "q", "prompt_id": "x", "chosen": [USER, GOOD], "rejected": [USER, BAD], "score_chosen": 8.0},
+        "chat pairs: prompt, chosen, rejected (ignored: prompt_id, score_chosen)",
+        [USER], [GOOD], [BAD],
+    ),
+    "full conversations alone": (
+        {"chosen": [*EARLIER, GOOD], "rejected": [*EARLIER, BAD]},
+        "full conversations: chosen, rejected",
+        EARLIER, [GOOD], [BAD],
+    ),
+    "transcripts": (
+        {"chosen": HH + " good", "rejected": HH + " bad"},
+        "HH-RLHF transcripts: chosen, rejected",
+        HH, " good", " bad",
+    ),
+    "ShareGPT": (
+        {
+            "conversations": [{"from": "system", "value": "be brief"}, {"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+        "ShareGPT pairs: conversations, chosen, rejected",
+        [SYSTEM, USER], [GOOD], [BAD],
+    ),
+    "ShareGPT with role and content": (
+        {"conversations": [USER], "chosen": GOOD, "rejected": BAD, "system": "be brief"},
+        "ShareGPT pairs: conversations, system, chosen, rejected",
+        [SYSTEM, USER], [GOOD], [BAD],
+    ),
+    "messages": (
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+        "chat pairs with messages: messages, chosen, rejected",
+        [USER], [GOOD], [BAD],
+    ),
+    "instruction": (
+        {"instruction": "do", "input": "this", "output": "x", "chosen": "good", "rejected": "bad"},
+        "instruction pairs: instruction, input, chosen, rejected (ignored: output)",
+        "do\nthis", "good", "bad",
+    ),
+    "instruction, empty input": (
+        {"instruction": "do", "input": "", "chosen": "good", "rejected": "bad"},
+        "instruction pairs: instruction, input, chosen, rejected",
+        "do", "good", "bad",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "line", "prompt", "chosen", "rejected"), SHAPES.values(), ids=SHAPES)
+def test_a_shape_is_said_in_one_line_and_read(row: dict, line: str, prompt: Any, chosen: Any, rejected: Any) -> None:
+    assert str(detect_format([row])) == line
+    assert _read(row) == PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, origin="row 1")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, GOOD], "label": True},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "label": False},
+        {"prompt": "q", "completion": "a", "label": True},
+    ],
+)
+def test_unpaired_rows_are_recognised_and_refused_by_a_method_that_needs_pairs(row: dict) -> None:
+    unpaired = detect_format([row])
+    assert not unpaired.is_paired
+    with pytest.raises(DataError, match=r"file\.json holds unpaired .*method 'ipo' needs pairs"):
+        require_pairs(unpaired, "file.json", "ipo")
+
+
+def test_unknown_columns_are_listed_with_the_shapes_that_are_understood() -> None:
+    with pytest.raises(DataError) as caught:
+        detect_format([{"question": "q", "answers": ["a"], "prompt": 3}])
+    message = str(caught.value)
+    assert "found question (text), answers (list), prompt (number)" in message
+    for shape in (
+        "text pairs (prompt, chosen, rejected)",
+        "ShareGPT pairs",
+        "instruction pairs",
+        "HH-RLHF transcripts",
+    ):
+        assert shape in message
+
+
+def test_columns_of_the_right_names_but_wrong_types_are_listed_with_their_types() -> None:
+    with pytest.raises(DataError, match=r"found prompt \(null\), chosen \(number\), rejected \(text\)"):
+        detect_format([{"prompt": None, "chosen": 1, "rejected": "b"}])
+
+
+def test_most_rows_decide_on_the_shape_not_the_first() -> None:
+    rows = [{"prompt": "q", "chosen": "a"}, *[{"prompt": "q", "chosen": "a", "rejected": "b"}] * 3]
+    assert detect_format(rows).shape.name == "text pairs"
+
+
+UNUSABLE = {
+    "empty completion": [
+        {"prompt": "q", "chosen": "", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": " \n\t "},
+        {"prompt": [USER], "chosen": [GOOD | {"content": ""}], "rejected": [BAD]},
+        {"chosen": HH + " ", "rejected": HH + " b"},
+    ],
+    "identical completions": [
+        {"prompt": "q", "chosen": "a", "rejected": "a"},
+        {"prompt": [USER], "chosen": GOOD, "rejected": [GOOD]},
+    ],
+    "prompts differ": [
+        {"chosen": HH + " a", "rejected": HH.replace("hello", "hey") + " b"},
+        {"chosen": [*EARLIER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "another", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ],
+    "empty prompt": [
+        {"prompt": [], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [GOOD], "rejected": [BAD]},
+    ],
+}
+
+
+@pytest.mark.parametrize(("reason", "row"), [(reason, row) for reason, rows in UNUSABLE.items() for row in rows])
+def test_a_row_that_teaches_nothing_is_unusable_for_a_named_reason(reason: str, row: dict) -> None:
+    with pytest.raises(UnusableRow, match=f"^{reason}$"):
+        _read(row)
+
+
+BAD_ROWS = [
+    ({"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]}, "found assistant, user, assistant"),
+    ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "must hold one assistant message"),
+    ({"prompt": [USER], "chosen": [], "rejected": [BAD]}, "found no message"),
+    ({"prompt": [USER], "chosen": 3, "rejected": [BAD]}, "'chosen' must be a list of messages, found int"),
+    ({"prompt": [{"role": "robot", "content": "q"}], "chosen": [GOOD], "rejected": [BAD]}, "message 1: role 'robot'"),
+    (
+        {"prompt": [USER | {"content": None}], "chosen": [GOOD], "rejected": [BAD]},
+        "content must be text, found NoneType",
+    ),
+    ({"prompt": [USER, "hi"], "chosen": [GOOD], "rejected": [BAD]}, "message 2: expected an object"),
+    ({"prompt": [USER], "chosen": [GOOD | {"tool_calls": [1]}], "rejected": [BAD]}, "'tool_calls' is not supported"),
+    ({"prompt": [USER], "chosen": [GOOD | {"thinking": "hm"}], "rejected": [BAD]}, "'thinking' is not supported"),
+    ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": [{"name": "f"}]}, "'tools' is not empty"),
+    ({"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD], "system": "other"}, "different system texts"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "system": 3}, "'system' must be text, found int"),
+    ({"instruction": "q", "input": 3, "chosen": "a", "rejected": "b"}, "'input' must be text, found number"),
+    ({"chosen": [USER], "rejected": [USER, BAD]}, "'chosen' must end with an assistant message"),
+    ({"chosen": "plain", "rejected": "text"}, "there is no 'prompt', and column 'chosen' has no"),
+    ({"chosen": "text\n\nAssistant: a", "rejected": "text\n\nAssistant: b"}, "does not begin with"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
+def test_a_row_that_does_not_hold_what_its_columns_promise_is_a_bad_row(row: dict, reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        _read(row)
+    assert reason in str(caught.value)
+
+
+def test_a_transcripts_turns_keep_their_order_and_lose_only_the_space_around_them() -> None:
+    from dpo_engine.data.formats import as_messages
+
+    inner = "\n\nHuman: say 'Human: x'\n\nand more \n\nAssistant: ok\n\nAssistant: really\n\nHuman: go\n\nAssistant:"
+    messages, completions = as_messages(_read({"chosen": inner + " a b ", "rejected": inner + " c"}), transcript=True)
+    assert [(message["role"], message["content"]) for message in messages] == [
+        ("user", "say 'Human: x'\n\nand more"),
+        ("assistant", "ok"),
+        ("assistant", "really"),
+        ("user", "go"),
+    ]
+    assert [completion[0]["content"] for completion in completions] == ["a b", "c"]
+
+
+def test_a_source_of_unpaired_rows_is_refused_before_it_is_read_to_the_end(tmp_path) -> None:
+    path = tmp_path / "kto.jsonl"
+    rows = '{"messages": [{"role": "user", "content": "q"}], "label": true}\n' * 150
+    path.write_text(rows + "broken beyond the sample\n", encoding="utf-8")
+    with pytest.raises(DataError, match="method 'dpo' needs pairs"):
+        check_source(path)

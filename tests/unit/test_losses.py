@@ -1,0 +1,108 @@
+"""Do the losses and their table keep what the papers prove?"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.losses import LOSSES, PairStats, dpo_loss, get_method
+
+
+def four(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [-50 * torch.rand(6, generator=generator, dtype=torch.float64) for _ in range(4)]
+
+
+def test_dpo_is_log_two_where_policy_is_reference() -> None:
+    chosen, rejected, _, _ = four()
+    for smoothing in (0.0, 0.1):
+        loss = dpo_loss(chosen, rejected, chosen, rejected, 0.3, smoothing)
+        torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)))
+
+
+def test_dpo_is_the_papers_formula() -> None:
+    pc, pr, rc, rr = four()
+    h = (pc - rc) - (pr - rr)
+    torch.testing.assert_close(dpo_loss(pc, pr, rc, rr, 0.1), torch.log1p(torch.exp(-0.1 * h)))
+
+
+def test_dpo_gradient_is_minus_beta_sigmoid_of_minus_beta_h() -> None:
+    pc, pr, rc, rr = four()
+    pc.requires_grad_(), pr.requires_grad_()
+    dpo_loss(pc, pr, rc, rr, 0.1).sum().backward()
+    h = ((pc - rc) - (pr - rr)).detach()
+    expected = -0.1 * torch.sigmoid(-0.1 * h)
+    torch.testing.assert_close(pc.grad, expected)
+    torch.testing.assert_close(pr.grad, -expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_dpo_passes_gradcheck(smoothing: float) -> None:
+    inputs = [x.requires_grad_() for x in four()]
+    assert torch.autograd.gradcheck(lambda *a: dpo_loss(*a, 0.1, smoothing), inputs)
+
+
+def test_dpo_ignores_a_constant_added_to_both_completions() -> None:
+    pc, pr, rc, rr = four()
+    torch.testing.assert_close(dpo_loss(pc + 7, pr + 7, rc, rr, 0.1), dpo_loss(pc, pr, rc, rr, 0.1))
+
+
+def test_dpo_of_swapped_labels_differs_by_beta_h() -> None:
+    pc, pr, rc, rr = four()
+    h = (pc - rc) - (pr - rr)
+    torch.testing.assert_close(dpo_loss(pc, pr, rc, rr, 0.1) - dpo_loss(pr, pc, rr, rc, 0.1), -0.1 * h)
+
+
+def test_cdpo_is_stationary_at_the_log_odds_of_the_label_noise() -> None:
+    smoothing, beta = 0.1, 0.5
+    h = torch.tensor([math.log((1 - smoothing) / smoothing) / beta], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    dpo_loss(h, zero, zero, zero, beta, smoothing).sum().backward()
+    assert h.grad is not None and abs(h.grad.item()) < 1e-12
+
+
+def test_dpo_stays_finite_in_value_and_gradient_at_extreme_margins() -> None:
+    h = torch.tensor([-1e5, 1e5], requires_grad=True)
+    zero = torch.zeros(2)
+    loss = dpo_loss(h, zero, zero, zero, 1.0)
+    loss.sum().backward()
+    assert h.grad is not None
+    torch.testing.assert_close(loss.detach(), torch.tensor([1e5, 0.0]))
+    torch.testing.assert_close(h.grad, torch.tensor([-1.0, 0.0]))
+
+
+def test_the_table_calls_the_public_function_with_the_configs_own_parameters() -> None:
+    pc, pr, rc, rr = four()
+    stats = PairStats(
+        chosen_logps=pc,
+        rejected_logps=pr,
+        reference_chosen_logps=rc,
+        reference_rejected_logps=rr,
+        chosen_lengths=torch.ones(6),
+        rejected_lengths=torch.ones(6),
+    )
+    config = SimpleNamespace(beta=0.7, label_smoothing=0.1)
+    torch.testing.assert_close(LOSSES["dpo"](stats, config), dpo_loss(pc, pr, rc, rr, 0.7, 0.1))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_method_starts_at_its_start_value(name: str) -> None:
+    chosen, rejected, _, _ = four()
+    stats = PairStats(
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        reference_chosen_logps=chosen,
+        reference_rejected_logps=rejected,
+        chosen_lengths=torch.ones(6),
+        rejected_lengths=torch.ones(6),
+    )
+    config = SimpleNamespace(beta=0.1, label_smoothing=0.0)
+    losses = LOSSES[name](stats, config)
+    torch.testing.assert_close(losses, torch.full_like(losses, LOSSES[name].start(config)))
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"dpoo.*did you mean 'dpo'"):
+        get_method("dpoo")
