@@ -52,7 +52,8 @@ class PreferenceForest:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PreferenceForest:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 def build_forest(trees: Sequence[TokenTree]) -> PreferenceForest:

@@ -161,6 +161,7 @@ def head_backward(
             d_weight[first:last].copy_(slab_grad)
         if d_bias is not None and slab_bias_grad is not None:
             d_bias[first:last] = slab_bias_grad
+        del slab  # as in `_fold_vocabulary`
     return (
         None if d_hidden is None else d_hidden.to(hidden.dtype),
         d_weight,
@@ -183,7 +184,8 @@ class _Plan:
 
     def row_tiles(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Row tiles in the GEMM's dtype, the last padded with zero rows of label 0 to a multiple of `ROW_MULTIPLE`."""
-        for rows, row_labels in zip(hidden.split(self.rows), labels.split(self.rows), strict=True):
+        for start in range(0, hidden.shape[0], self.rows):  # no rows, no tile: `split` would yield an empty one
+            rows, row_labels = (x[start : start + self.rows] for x in (hidden, labels))
             rows = rows.to(self.rounded).to(self.multiply)
             missing = -rows.shape[0] % ROW_MULTIPLE
             if missing:
@@ -272,6 +274,7 @@ def _fold_vocabulary(
             if not _is_one_everywhere(rescale):
                 weighted *= rescale[:, None]
             plan.multiply_into(weighted, out, slab)
+        del slab  # a copy of it must not live on while the next is made
     return RowStatistics(constants=constants, sums=sums, label_logits=z_label, label_slopes=slope)
 
 

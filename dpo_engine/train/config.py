@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from dpo_engine.data.templates import CHAT_TEMPLATE_CHOICES
+from dpo_engine.data.truncation import TRUNCATIONS
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import get_method
 
-TRUNCATIONS = ("keep_start", "keep_end", "drop", "error")
 DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
-CHAT_TEMPLATES = ("auto", "on", "off")
 
 
 @dataclass
@@ -75,12 +75,10 @@ class DPOConfig(TrainingArguments):
             self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, or none"
         )
         require(self.truncation in TRUNCATIONS, "truncation", self.truncation, f"one of {', '.join(TRUNCATIONS)}")
-        require(
-            self.chat_template in CHAT_TEMPLATES,
-            "chat_template",
-            self.chat_template,
-            f"one of {', '.join(CHAT_TEMPLATES)}",
-        )
+        # YAML reads on and off as booleans.
+        self.chat_template = {"true": "on", "false": "off"}.get(str(self.chat_template).lower(), self.chat_template)
+        choices = CHAT_TEMPLATE_CHOICES
+        require(self.chat_template in choices, "chat_template", self.chat_template, f"one of {', '.join(choices)}")
         budget = self.max_tokens_per_forest
         require(budget is None or budget > 0, "max_tokens_per_forest", budget, "a number above 0, or none")
         require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "a number of at least 0")

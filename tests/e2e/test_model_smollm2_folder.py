@@ -74,7 +74,7 @@ def test_english_is_likelier_than_the_same_words_shuffled(model: Any, tokenizer:
             return float(model(input_ids=ids, labels=ids).loss)
 
     english = "Berlin is the capital of Germany, and Paris is the capital of France."
-    assert nats_per_token(english) < 2.5 < 5 < nats_per_token(" ".join(sorted(english.split())))
+    assert nats_per_token(english) < 3 < 6 < nats_per_token(" ".join(sorted(english.split())))
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,11 @@ def test_equal_logits_give_minus_log_of_the_vocabulary() -> None:
         row = normal(1, 24, seed=15)
         logps = check(normal(3, 24, seed=16), row.expand(vocabulary, 24), integers(vocabulary, 3, seed=17))
         assert logps.sub(-math.log(vocabulary)).abs().max() < 1e-6
+    # What all logits have in common is subtracted before a logarithm is added to it: a float32 near 1e4 moves in 1e-3.
+    large = logps_forward(
+        torch.ones(2, 1, device=DEVICE), torch.full((70, 1), 1e4, device=DEVICE), integers(70, 2, seed=74)
+    )
+    assert large.sub(-math.log(70)).abs().max() < 1e-6
 
 
 def test_padding_does_not_count_as_a_logit_of_zero_where_all_logits_are_negative() -> None:

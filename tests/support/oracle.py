@@ -39,8 +39,9 @@ class Case:
     softcap: float | None = None
 
     def to(self, dtype: torch.dtype) -> Case:
+        """The same case, rounded; with the strides that it had."""
         bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+        return replace(self, hidden=_rounded(self.hidden, dtype), weight=_rounded(self.weight, dtype), bias=bias)
 
     def rows(self, index: Tensor | slice) -> Case:
         return replace(self, hidden=self.hidden[index], labels=self.labels[index], upstream=self.upstream[index])
@@ -53,6 +54,10 @@ class Case:
     def bound(self) -> Tensor:
         """`b_i`, (N,) float64."""
         return row_bound(self.hidden, self.weight, self.bias, self.logit_scale)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype).copy_(tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,7 @@ def truth(case: Case) -> Answer:
         z, slope = case.softcap * torch.tanh(x / case.softcap), torch.cosh(x / case.softcap) ** -2
     others = z.scatter(1, at_label, float("-inf")).logsumexp(1) - z.gather(1, at_label).squeeze(1)
     logps = -(others.clamp(min=0) + (-others.abs()).exp().log1p())
-    d_z = -torch.exp(z - z.gather(1, at_label) + logps[:, None])
+    d_z = -torch.exp(z - z.logsumexp(1, keepdim=True))
     d_z.scatter_(1, at_label, torch.sigmoid(others)[:, None])
     d_x = case.upstream.double()[:, None] * d_z * slope * case.logit_scale
     d_bias = None if case.bias is None else d_x.sum(0)
