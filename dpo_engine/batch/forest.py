@@ -27,13 +27,24 @@ class TokenTree(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredTree:
+    """A tree with the log-probs of its completions under the reference, computed before."""
+
+    prompt_ids: Sequence[int]
+    completions: Sequence[Sequence[int]]
+    reference_token_logps: Sequence[Tensor]
+    """One (tokens of the completion,) float32 for each completion, on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceForest:
-    """T trees with C completions and N scored tokens, ready for the model. All tensors are int64."""
+    """T trees with C completions and N scored tokens, ready for the model. Indices are int64."""
 
     input_ids: Tensor  # (rows, width)
     score_from: Tensor  # (N,) into the flattened (rows * width) hidden states
     labels: Tensor  # (N,) vocabulary ids
     completion_ids: Tensor  # (N,) ascending, in [0, C)
+    reference_token_logps: Tensor | None  # (N,) float32; None where the reference is yet to be asked
     tree_ids: Tensor  # (C,) ascending, in [0, T)
     trees: int
     """T."""
@@ -80,6 +91,7 @@ def build_forest(trees: Sequence[TokenTree]) -> PreferenceForest:
     width = max(map(len, rows))
     input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     lengths = tuple(len(completion) for _, completion in scored)
+    known = [logps for tree in trees if isinstance(tree, ScoredTree) for logps in tree.reference_token_logps]
     return PreferenceForest(
         input_ids=input_ids,
         score_from=torch.cat(
@@ -90,6 +102,7 @@ def build_forest(trees: Sequence[TokenTree]) -> PreferenceForest:
         ),
         labels=torch.tensor([token for _, completion in scored for token in completion]),
         completion_ids=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)),
+        reference_token_logps=torch.cat(known) if len(known) == len(rows) else None,
         tree_ids=torch.tensor(tree_ids),
         trees=len(trees),
         lengths=lengths,

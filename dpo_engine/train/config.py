@@ -42,6 +42,10 @@ class DPOConfig(TrainingArguments):
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Leave out (and count) rows that cannot be parsed, instead of stopping."}
     )
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Ask the reference once before training and keep its log-probs, instead of at every step."},
+    )
     max_tokens_per_forest: int | None = field(
         default=None,
         metadata={"help": "Tokens computed at once, padding included: memory and speed only, never the result."},

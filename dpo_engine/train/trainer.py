@@ -5,15 +5,27 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from dpo_engine.batch import ForestCollator, PreferenceBatch, PreferenceForest, sum_by_completion, tree_cost
+from dpo_engine.batch import (
+    ForestCollator,
+    PreferenceBatch,
+    PreferenceForest,
+    ScoredTree,
+    TokenTree,
+    build_forest,
+    pack_trees,
+    sum_by_completion,
+    tree_cost,
+)
 from dpo_engine.data import PairData, tokenize_pairs
 from dpo_engine.errors import ConfigError, DataError, TrainingError
 from dpo_engine.losses import PairStats, get_method
@@ -129,7 +141,9 @@ class DPOTrainer(Trainer):
         """Sums per completion of both models; completions alternate chosen, rejected."""
         reference: tuple[Tensor | None, Tensor | None] = None, None
         if self.method.needs_reference:
-            reference = _alternating(sum_by_completion(self._reference_token_logps(model, forest), forest.lengths))
+            known = forest.reference_token_logps
+            token_logps = self._reference_token_logps(model, forest) if known is None else known
+            reference = _alternating(sum_by_completion(token_logps, forest.lengths))
         chosen, rejected = _alternating(sum_by_completion(self._token_logps(model, forest), forest.lengths))
         lengths = torch.tensor(forest.lengths, dtype=torch.float32).to(chosen.device, non_blocking=True)
         chosen_lengths, rejected_lengths = _alternating(lengths)
@@ -143,6 +157,41 @@ class DPOTrainer(Trainer):
         )
 
     # ---- training ----
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`transformers.Trainer.train`, after the reference's log-probs if those are wanted beforehand."""
+        self._precompute_reference()
+        return super().train(*args, **kwargs)
+
+    def _precompute_reference(self) -> None:
+        """Replace the trees of both data sets by trees that know their reference log-probs, once.
+
+        Every rank computes all of them. They are kept in memory, 4 bytes a scored token.
+        """
+        if not (self.config.precompute_ref_log_probs and self.method.needs_reference):
+            return
+        for name in ("train_dataset", "eval_dataset"):
+            data = getattr(self, name)
+            if data is not None and not isinstance(data[0], ScoredTree):
+                setattr(self, name, self._scored_trees(data, name))
+
+    def _scored_trees(self, data: Sequence[TokenTree], name: str) -> list[ScoredTree]:
+        """`data`, in its order, with reference log-probs; forward only, in forests of like lengths."""
+        assert self.model is not None
+        forests = pack_trees(data, self.max_tokens_per_forest)
+        scored: dict[int, ScoredTree] = {}
+        with tqdm(total=len(data), desc=f"reference, {name}", unit="pair", disable=self.args.disable_tqdm) as bar:
+            for trees in forests:
+                forest = build_forest(trees).to(self.args.device)
+                by_completion = iter(self._reference_token_logps(self.model, forest).cpu().split(list(forest.lengths)))
+                for tree in trees:
+                    scored[id(tree)] = ScoredTree(
+                        prompt_ids=tree.prompt_ids,
+                        completions=tree.completions,
+                        reference_token_logps=[next(by_completion).clone() for _ in tree.completions],
+                    )
+                bar.update(len(trees))
+        return [scored[id(tree)] for tree in data]
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: PreferenceBatch, num_items_in_batch: Tensor | int | None = None
@@ -196,7 +245,9 @@ class DPOTrainer(Trainer):
         tolerance = 1e-3 if self.accelerator.mixed_precision != "no" else 1e-4
         model.eval()
         with torch.no_grad():
-            losses = torch.cat([self.method(self._pair_stats(model, forest), self.config) for forest in batch.forests])
+            # Asked anew also where it was computed before: in the same forest both are the same to the last bits.
+            forests = [replace(forest, reference_token_logps=None) for forest in batch.forests]
+            losses = torch.cat([self.method(self._pair_stats(model, forest), self.config) for forest in forests])
         model.train()
         worst = losses[(losses - expected).abs().argmax()].item()
         if not abs(worst - expected) <= tolerance:
@@ -207,6 +258,11 @@ class DPOTrainer(Trainer):
             )
 
     # ---- evaluation and logs ----
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`transformers.Trainer.evaluate`; the reference is asked once where `precompute_ref_log_probs` says so."""
+        self._precompute_reference()
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(
         self,

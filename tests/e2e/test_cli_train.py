@@ -16,10 +16,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("typer")
 
+from dpo_engine.cli.main import main
 from support.small_tokenizers import CHATML, small_tokenizer
 from support.tiny_pairs import tiny_llama
-
-from dpo_engine.cli.main import main
 
 ANIMALS = ["cat", "dog", "mat", "man", "hat", "bat", "rat", "cow", "pig", "hen", "fox", "owl"]
 
@@ -82,7 +81,14 @@ def test_a_run_trains_judges_saves_and_reports(
     with data.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"prompt": "where is it?", "chosen": "here.", "rejected": "here."}) + "\n")
     arguments = flags(
-        model_folder, data, tmp_path / "out", eval_data=held_out, max_steps=12, sample_prompts=1, sample_tokens=5, picture=True
+        model_folder,
+        data,
+        tmp_path / "out",
+        eval_data=held_out,
+        max_steps=12,
+        sample_prompts=1,
+        sample_tokens=5,
+        picture=True,
     )
     code, out, err = run(monkeypatch, capsys, *arguments, "--json")
     assert code == 0, err
@@ -214,7 +220,10 @@ def test_the_console_script_exits_with_the_errors_code_and_help_is_quick_to_read
     command = [sys.executable, "-m", "dpo_engine.cli.main"]
     failed = subprocess.run([*command, "train", "--model", "m"], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert failed.stderr.strip() == "error: data=None is out of range; expected a file of preference pairs or a hub dataset id"
+    assert (
+        failed.stderr.strip()
+        == "error: data=None is out of range; expected a file of preference pairs or a hub dataset id"
+    )
     shown = subprocess.run([*command, "train", "--help"], capture_output=True, text=True, check=True).stdout
     for name in ("--model", "--data", "--beta [0.1]", "--lora_r [16]", "--per_device_train_batch_size", "--seed [42]"):
         assert name in shown

@@ -110,6 +110,17 @@ def test_gradient_accumulation_and_packing_change_nothing_but_rounding(tmp_path:
         assert_same_gradients(recorder.steps, runs[0][1].steps)
 
 
+def test_a_reference_computed_beforehand_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    data = random_pairs(12)
+    for lora in (None, LORA):
+        live, recorded = train(tiny_llama(), data, config(tmp_path, max_steps=3), peft_config=lora)
+        args = config(tmp_path, max_steps=3, precompute_ref_log_probs=True, max_tokens_per_forest=90)
+        before, recorded_before = train(tiny_llama(), data, args, peft_config=lora)
+        assert logged(before, "loss") == pytest.approx(logged(live, "loss"), rel=1e-5)
+        assert logged(before, "rewards/margins") == pytest.approx(logged(live, "rewards/margins"), rel=1e-4, abs=1e-6)
+        assert_same_gradients(recorded_before.steps, recorded.steps)
+
+
 def test_a_last_step_with_fewer_pairs_is_the_mean_over_those_it_has(tmp_path: Path) -> None:
     data = random_pairs(6)
     args = config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
