@@ -91,7 +91,7 @@ def time_alternating(
         raise ValueError(f"rounds={rounds}; expected at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(-warmup, rounds):
-        order = list(cases) if number % 2 == 0 else list(reversed(cases))
+        order = list(cases) if number % 2 == 0 else list(cases)[::-1]
         for name in order:
             synchronize()
             begin = clock()

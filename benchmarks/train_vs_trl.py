@@ -77,7 +77,7 @@ def read_pairs(data: str, model_path: str, max_length: int, count: int) -> list[
     trees = load_pairs(data, tokenizer, max_length=max_length, limit=count).trees
     if len(trees) < count:
         raise SystemExit(f"error: {data} has {len(trees)} usable pairs; expected --pairs {count} of them")
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for tree in trees:
         ids = {"prompt": tree.prompt_ids, "chosen": tree.completions[0], "rejected": tree.completions[1]}
         pairs.append({name: tokenizer.decode(part) for name, part in ids.items()})
@@ -204,8 +204,8 @@ def compare(records: Sequence[dict[str, Any]], job: Job) -> list[str]:
     def ratio(name: str, key: str, form: str) -> str:
         return form.format(middle("engine", key) / middle(name, key)) if "engine" in by_run else "-"
 
-    header = ("run", "pairs/s", "engine is", "with reference", "engine is", "peak RSS MB", "engine takes")
-    header += ("reference s", "train() s", "first loss", "head rows")
+    header = ["run", "pairs/s", "engine is", "with reference", "engine is", "peak RSS MB", "engine takes"]
+    header += ["reference s", "train() s", "first loss", "head rows"]
     rows = [
         (
             TITLES[name],

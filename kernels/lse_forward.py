@@ -69,7 +69,8 @@ def logps_forward(
     """`log_softmax(softcap(logit_scale * (hidden @ weight.T + bias)))[i, labels[i]]` by one fused GEMM.
 
     Products accumulate in float32; float32 inputs are multiplied as IEEE float32, not TF32. Nothing is copied: not the
-    weight, whatever its strides, nor `hidden`. Memory beyond the result: at most 8 MiB, whatever N.
+    weight, whatever its strides, nor `hidden`. Memory beyond the result: 4 bytes a row, and at most
+    8 MiB whatever N.
 
     Args:
         hidden: (N, D) float32, bfloat16 or float16; any strides.

@@ -212,10 +212,8 @@ def load_model(path: str, *, dtype: torch.dtype, trainable: bool) -> PreTrainedM
     report: dict[str, Any]
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if (
-            config._attn_implementation not in _ATTENTIONS
-        ):  # such as flash_attention_2, which is fetched where it is missing
-            config._attn_implementation = None  # transformers chooses
+        if config._attn_implementation not in _ATTENTIONS:
+            config._attn_implementation = None  # transformers chooses; flash_attention_2 would be fetched where missing
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             path,
             config=config,

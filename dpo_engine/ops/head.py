@@ -27,20 +27,20 @@ def softcap_slope(x: Tensor, softcap: float) -> Tensor:
     return (x / softcap).cosh_().reciprocal_().square_()
 
 
-def label_logits(hidden: Tensor, head: Head, labels: Tensor, label_rows: Tensor) -> tuple[Tensor, Tensor]:
+def label_logits(hidden: Tensor, head: Head, label_rows: Tensor, label_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """`z[i, labels[i]]` by one dot product a row, and the slope of the softcap there.
 
     Args:
         hidden: (N, D), in the accumulation dtype (float32, or float64 for float64 inputs).
-        labels: (N,) int64, each in `[0, V)`.
         label_rows: (N, D) `weight[labels]`, in the dtype of `hidden`.
+        label_bias: (N,) `bias[labels]`, likewise, or None.
 
     Returns:
         `(z, slope)`, both (N,) in the dtype of `hidden`; the slope is 1 without a softcap.
     """
     x = torch.linalg.vecdot(hidden, label_rows)
-    if head.bias is not None:
-        x += head.bias.index_select(0, labels).to(x.dtype)
+    if label_bias is not None:
+        x += label_bias
     x *= head.logit_scale
     if head.softcap is None:
         return x, torch.ones_like(x)

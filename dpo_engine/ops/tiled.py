@@ -205,6 +205,10 @@ class _Plan:
         """`weight[labels]`, (N, D), rounded like the slabs and in the accumulation dtype."""
         return head.weight.index_select(0, labels).to(self.rounded).to(self.accumulate)
 
+    def label_bias(self, head: Head, labels: Tensor) -> Tensor | None:
+        """`bias[labels]`, (N,), rounded like the slabs' and in the accumulation dtype; None without a bias."""
+        return None if head.bias is None else head.bias.index_select(0, labels).to(self.rounded).to(self.accumulate)
+
     def tile(self, rows: Tensor, slab: Tensor) -> tuple[Tensor, Tensor]:
         """`rows @ slab.T` in the accumulation dtype, and where its exponentials go (the same place if that fits)."""
         shape = rows.shape[0], slab.shape[0]
@@ -260,7 +264,9 @@ def _fold_vocabulary(
     rows: Tensor, head: Head, labels: Tensor, plan: _Plan, passes: TilePasses, weighted: Tensor | None
 ) -> RowStatistics:
     """One row tile against the whole vocabulary; sums `E W` into `weighted` (R, D) if that is given."""
-    z_label, slope = label_logits(rows.to(plan.accumulate), head, labels, plan.label_rows(head, labels))
+    z_label, slope = label_logits(
+        rows.to(plan.accumulate), head, plan.label_rows(head, labels), plan.label_bias(head, labels)
+    )
     constants = torch.where(z_label.isfinite(), z_label, float("-inf"))
     sums = torch.zeros_like(z_label)
     for first, _, slab, bias in plan.slabs(head):

@@ -48,6 +48,14 @@ def test_the_reference_is_the_base_model_to_the_last_bit() -> None:
     assert not found.requires_grad
 
 
+def test_the_reference_builds_no_graph_even_where_inputs_are_made_to_require_grad() -> None:
+    policy = trained_policy()
+    policy.enable_input_require_grads()  # as for gradient checkpointing
+    with reference_of(policy) as reference:
+        assert not token_logps(reference).requires_grad
+    assert token_logps(policy).requires_grad
+
+
 def test_dropout_is_off_in_the_reference_and_on_again_in_the_policy() -> None:
     policy = trained_policy(dropout=0.5)
     assert not torch.equal(token_logps(policy), token_logps(policy))

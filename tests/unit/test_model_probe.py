@@ -84,6 +84,7 @@ def own_forward_with(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     [
         (lambda logits: logits - 3.0 * (logits > 0), "the head gives a logit of"),
         (lambda logits: logits * float("nan"), "the head gives a logit of nan"),
+        (lambda logits: logits.index_fill(-1, torch.tensor([5]), float("nan")), r"a logit of nan .*\(token 5\)"),
         (lambda logits: logits[..., :-1], "returns 96 logits from a head of 97 rows"),
         (lambda logits: logits * 1.01, "the head gives a logit of"),
     ],
@@ -134,6 +135,10 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     bind_scoring(model.get_base_model())
     probe_head(model.get_base_model())
     assert is_bound(model.get_base_model())
+
+
+def test_dropout_does_not_disturb_the_probe() -> None:
+    probe_head(tiny_model("GPT2", resid_pdrop=0.5, embd_pdrop=0.5).train())
 
 
 def test_modes_come_back_after_a_refusal_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,178 @@
+"""Can the benchmarks' figures be believed? The harness, with a clock that the tests wind themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NOON = datetime(2026, 11, 21, 12, tzinfo=timezone.utc)
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+harness = _load("harness")
+
+
+class Clock:
+    """Time passes only when a case says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.ran: list[tuple[str, int]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def case(self, name: str, seconds: Callable[[int], float]) -> Callable[[int], None]:
+        def run(number: int) -> None:
+            self.ran.append((name, number))
+            self.now += seconds(number)
+
+        return run
+
+
+def test_every_round_is_timed_and_the_warm_up_is_not() -> None:
+    clock = Clock()
+    warm = iter([100.0, 1.0, 2.0, 3.0])
+    timings = harness.time_alternating({"a": clock.case("a", lambda _: next(warm))}, rounds=3, warmup=1, clock=clock)
+    assert timings["a"].seconds == (1.0, 2.0, 3.0)
+
+
+def test_the_order_turns_round_every_other_round() -> None:
+    clock = Clock()
+    cases = {name: clock.case(name, lambda _: 1.0) for name in "abc"}
+    harness.time_alternating(cases, rounds=4, warmup=0, clock=clock)
+    assert "".join(name for name, _ in clock.ran) == "abccbaabccba"
+    assert [number for _, number in clock.ran] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+
+
+def test_work_that_the_device_still_owes_is_part_of_the_time() -> None:
+    clock, owed = Clock(), [0.0]
+
+    def launch(_: int) -> None:
+        clock.now += 0.5
+        owed[0] = 4.0
+
+    def synchronize() -> None:
+        clock.now += owed[0]
+        owed[0] = 0.0
+
+    timings = harness.time_alternating({"a": launch}, rounds=2, warmup=0, clock=clock, synchronize=synchronize)
+    assert timings["a"].seconds == (4.5, 4.5)
+
+
+def test_a_round_that_is_slow_for_all_does_not_move_the_ratio() -> None:
+    clock = Clock()
+    slow = {0: 1.0, 1: 10.0, 2: 1.0}
+    cases = {
+        "floor": clock.case("floor", lambda number: 2.0 * slow[number]),
+        "ours": clock.case("ours", lambda number: 3.0 * slow[number]),
+    }
+    timings = harness.time_alternating(cases, rounds=3, warmup=0, clock=clock)
+    assert timings["ours"].over(timings["floor"]).seconds == pytest.approx((1.5, 1.5, 1.5))
+    assert timings["ours"].p80 > 3.0
+
+
+def test_no_rounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="rounds=0"):
+        harness.time_alternating({"a": lambda _: None}, rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "q", "expected"),
+    [([5.0], 0.8, 5.0), ([3.0, 1.0], 0.5, 2.0), ([4.0, 1.0, 3.0, 2.0, 5.0], 0.2, 1.8), ([2.0, 1.0], 1.0, 2.0)],
+)
+def test_quantiles_lie_between_neighbours(values: list[float], q: float, expected: float) -> None:
+    assert harness.quantile(values, q) == pytest.approx(expected)
+
+
+def test_an_older_result_is_never_overwritten(tmp_path: Path) -> None:
+    machine = harness.describe_machine()
+    written = [
+        harness.write_results("speed", [{"run": number}], machine=machine, folder=tmp_path, now=NOON)
+        for number in range(3)
+    ]
+    assert [path.name for path in written] == [
+        "2026-11-21-speed.jsonl",
+        "2026-11-21-speed-2.jsonl",
+        "2026-11-21-speed-3.jsonl",
+    ]
+    assert [json.loads(path.read_text("utf-8"))["run"] for path in written] == [0, 1, 2]
+
+
+def test_a_record_says_where_and_when_it_was_taken(tmp_path: Path) -> None:
+    machine = harness.describe_machine("NVIDIA X100")
+    path = harness.write_results("speed", [{"a": 1}, {"a": 2}], machine=machine, folder=tmp_path, now=NOON)
+    first, second = (json.loads(line) for line in path.read_text("utf-8").splitlines())
+    assert path.parent.name == "nvidia-x100"
+    assert (first["a"], second["a"]) == (1, 2)
+    assert first["schema"] == harness.SCHEMA
+    assert first["time"] == "2026-11-21T12:00:00+00:00"
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", first["commit"])
+    assert first["machine"]["cores"] >= 1
+    assert first["machine"]["cpu_bf16_instructions"] in (True, False)
+    assert first["machine"]["packages"]["torch"]
+
+
+def test_a_figure_that_is_not_a_number_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        harness.write_results("speed", [{"a": float("nan")}], machine=harness.describe_machine(), folder=tmp_path)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_the_peak_is_of_the_child_and_not_of_its_parent() -> None:
+    held = bytearray(200 << 20)
+    held[::4096] = b"x" * len(held[::4096])  # resident in this process, whose peak a child would inherit from getrusage
+    code = "import time; block = bytearray(64 << 20); block[::4096] = b'x' * len(block[::4096]); del block; time.sleep(0.2)"
+    done = harness.run_watched([sys.executable, "-c", code])
+    assert 64 < done.peak_rss_mb < 150
+    assert held[0] == ord("x")
+
+
+def test_a_reset_peak_forgets_what_was_freed_before() -> None:
+    code = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("harness", sys.argv[1])
+harness = sys.modules["harness"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(harness)
+def touch(mib):
+    block = bytearray(mib << 20)
+    block[::4096] = b"x" * len(block[::4096])
+touch(128)
+before = harness.rss_mb(peak=True)
+harness.reset_peak_rss()
+base = harness.rss_mb()
+touch(32)
+print(before - base > 100, 30 < harness.rss_mb(peak=True) - base < 40)
+"""
+    done = harness.run_watched([sys.executable, "-c", code, str(ROOT / "benchmarks" / "harness.py")])
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_a_child_that_fails_stops_the_benchmark_with_its_last_words() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)exited with 3.*no such pairs"):
+        harness.run_watched([sys.executable, "-c", "import sys; print('no such pairs', file=sys.stderr); sys.exit(3)"])
+
+
+def test_the_result_is_the_last_line_that_is_not_blank() -> None:
+    assert harness.last_json('{"a": 0}\nwarning\n{"a": 1}\n\n') == {"a": 1}
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        harness.last_json("[1]\n")
+    with pytest.raises(ValueError, match="nothing was printed"):
+        harness.last_json("\n")
