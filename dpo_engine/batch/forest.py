@@ -1,9 +1,9 @@
 """What is a batch? A forest: trees, each a prompt with its K completions, and explicit indices of what is scored.
 
-`score_from (N,)` says which hidden row predicts, `labels (N,)` what, and `completion_ids (N,)` for whom. No label is
-shifted and nothing is masked by token id, so a layout is free to put tokens where it likes. Today every completion is
-laid out as a row of its own, prompt repeated, rows padded on the right; under causal attention padding on the right is
-seen by no scored token.
+`score_from (N,)` says which hidden row predicts, `labels (N,)` what, and `completion_ids (N,)` for whom. No label is shifted
+and nothing is masked by token id, so a layout is free to put tokens where it likes. Today every completion is a row of its own,
+its prompt repeated, and rows of nearly one length share a sheet, padded on the right: under causal attention no scored token
+sees that padding. Hidden rows are counted through all sheets, one after the other.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ScoredTree:
 class PreferenceForest:
     """T trees with C completions and N scored tokens, ready for the model. Indices are int64."""
 
-    input_ids: Tensor  # (rows, width)
-    score_from: Tensor  # (N,) into the flattened (rows * width) hidden states
+    input_ids: tuple[Tensor, ...]  # sheets, each (rows, width)
+    score_from: Tensor  # (N,) into the hidden rows of all sheets, flattened and laid end to end
     labels: Tensor  # (N,) vocabulary ids
     completion_ids: Tensor  # (N,) ascending, in [0, C)
     reference_token_logps: Tensor | None  # (N,) float32; None where the reference is yet to be asked
@@ -64,13 +64,13 @@ class PreferenceForest:
     def _map(self, change: Callable[[Tensor], Tensor]) -> PreferenceForest:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
+        return replace(self, input_ids=tuple(map(change, self.input_ids)), **changed)
 
 
 def build_forest(trees: Sequence[TokenTree]) -> PreferenceForest:
-    """Lay trees out as separate rows, `prompt + completion`, padded on the right with token 0.
+    """Lay trees out as separate rows, `prompt + completion`, on sheets padded on the right with token 0.
 
-    The last token of a completion predicts nothing, so it is a label but not an input.
+    The last token of a completion predicts nothing, so it is a label but not an input. At most an eighth of a row is padding.
 
     Raises:
         ValueError: no tree, an empty prompt (nothing would predict the first token), or an empty completion.
@@ -88,16 +88,15 @@ def build_forest(trees: Sequence[TokenTree]) -> PreferenceForest:
             rows.append([*tree.prompt_ids, *completion[:-1]])
             scored.append((len(tree.prompt_ids), completion))
             tree_ids.append(index)
-    width = max(map(len, rows))
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    sheets, starts = _lay_out(rows)
     lengths = tuple(len(completion) for _, completion in scored)
     known = [logps for tree in trees if isinstance(tree, ScoredTree) for logps in tree.reference_token_logps]
     return PreferenceForest(
-        input_ids=input_ids,
+        input_ids=sheets,
         score_from=torch.cat(
             [
-                torch.arange(len(completion)) + (row * width + prompt_length - 1)
-                for row, (prompt_length, completion) in enumerate(scored)
+                torch.arange(len(completion)) + (start + prompt_length - 1)
+                for start, (prompt_length, completion) in zip(starts, scored, strict=True)
             ]
         ),
         labels=torch.tensor([token for _, completion in scored for token in completion]),
@@ -108,6 +107,23 @@ def build_forest(trees: Sequence[TokenTree]) -> PreferenceForest:
         lengths=lengths,
         tokens=sum(map(len, rows)),
     )
+
+
+def _lay_out(rows: Sequence[list[int]]) -> tuple[tuple[Tensor, ...], list[int]]:
+    """Sheets of rows within an eighth of one length, and where each row begins among the hidden rows of all sheets."""
+    sheets: list[list[int]] = []  # indices of rows, longest first
+    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])):
+        if not sheets or 8 * len(rows[index]) < 7 * len(rows[sheets[-1][0]]):
+            sheets.append([])
+        sheets[-1].append(index)
+    tensors, starts, offset = [], [0] * len(rows), 0
+    for members in sheets:
+        width = len(rows[members[0]])
+        tensors.append(torch.tensor([rows[index] + [0] * (width - len(rows[index])) for index in members]))
+        for index in members:
+            starts[index] = offset
+            offset += width
+    return tuple(tensors), starts
 
 
 def sum_by_completion(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which trees go into which forest? As few forests as a token budget allows, trees of like length together.
+"""Which trees go into which forest? As few forests as a token budget allows.
 
 The budget is a memory knob: a step's gradient is the mean over the step's trees whatever the packing.
 """
@@ -30,36 +30,32 @@ class PreferenceBatch:
 
 
 def tree_cost(tree: TokenTree) -> int:
-    """Tokens that a tree takes in a forest of its own, padding included."""
-    return _width(tree) * len(tree.completions)
-
-
-def _width(tree: TokenTree) -> int:
-    return len(tree.prompt_ids) + max(map(len, tree.completions)) - 1
+    """Tokens that a tree takes in a forest: its prompt once per completion, and each completion but its last token."""
+    return sum(len(tree.prompt_ids) + len(completion) - 1 for completion in tree.completions)
 
 
 def pack_trees(trees: Sequence[TokenTree], max_tokens: int) -> list[list[TokenTree]]:
-    """First-fit-decreasing by width: each list's padded size, rows times the widest row, is at most `max_tokens`.
+    """First-fit-decreasing: the costs of the trees of each list add up to at most `max_tokens`.
 
     Raises:
         ValueError: a single tree is larger than the budget.
     """
-    forests: list[tuple[int, int, list[TokenTree]]] = []  # (width, rows, trees)
-    for tree in sorted(trees, key=_width, reverse=True):
-        if tree_cost(tree) > max_tokens:
+    forests: list[list[TokenTree]] = []
+    room: list[int] = []
+    for tree in sorted(trees, key=tree_cost, reverse=True):
+        cost = tree_cost(tree)
+        if cost > max_tokens:
             raise ValueError(
-                f"a tree of {tree_cost(tree)} tokens does not fit max_tokens_per_forest={max_tokens}; "
-                "raise it or lower max_length"
+                f"a tree of {cost} tokens does not fit max_tokens_per_forest={max_tokens}; raise it or lower max_length"
             )
-        rows = len(tree.completions)
-        for index, (width, used, members) in enumerate(forests):
-            if width * (used + rows) <= max_tokens:
-                members.append(tree)
-                forests[index] = (width, used + rows, members)
-                break
+        index = next((index for index, left in enumerate(room) if cost <= left), None)
+        if index is None:
+            forests.append([tree])
+            room.append(max_tokens - cost)
         else:
-            forests.append((_width(tree), rows, [tree]))
-    return [members for _, _, members in forests]
+            forests[index].append(tree)
+            room[index] -= cost
+    return forests
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """How does a causal language model return log-probs instead of logits?
 
     bind_scoring(model)
-    out = model(input_ids=..., attention_mask=..., score_from=score_from, labels=labels)
-    out.token_logps                       # (N,) float32: of labels[i], predicted by row score_from[i] of hidden.reshape(-1, D)
+    out = model(input_ids=sheets, score_from=score_from, labels=labels)
+    out.token_logps                       # (N,) float32: of labels[i], predicted by hidden row score_from[i]
+
+`input_ids` is one (rows, width) tensor, or several of different widths (sheets); hidden rows are `hidden.reshape(-1, D)`, those
+of several sheets laid end to end.
 
 A call with `score_from` runs the decoder, gathers the rows that predict, and hands them to `linear_logps`; the logits are
 never built. A call without it is the model's own forward, so that generation and evaluation by others go on working.
@@ -121,14 +124,12 @@ def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = N
     """`linear_logps(decoder(...)[score_from], head, labels)`.
 
     Args:
-        score_from: (N,) int64, rows of `hidden.reshape(-1, D)`.
+        score_from: (N,) int64, hidden rows, counted through all sheets.
         labels: (N,) int64, the token that each row predicts.
     """
     if labels is None:
         raise ValueError("score_from was given without labels; expected labels (N,), the token that each row predicts")
-    decoder_arguments = {k: v for k, v in kwargs.items() if k not in _OF_THE_HEAD and v is not None}
-    hidden = decoder_of(model)(*args, use_cache=False, **decoder_arguments)[0]  # (B, L, D)
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, score_from)  # (N, D)
+    rows = _hidden_rows(model, *args, **kwargs).index_select(0, score_from)  # (N, D)
     weight, bias = head_of(model)
     if rows.dtype != weight.dtype and not torch.is_autocast_enabled(rows.device.type):
         rows = rows.to(weight.dtype)  # as models do that keep a float32 residual stream before a bfloat16 head
@@ -144,3 +145,19 @@ def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = N
         backend=model.scoring_backend,
     )
     return ScoredTokens(token_logps=token_logps)
+
+
+def _hidden_rows(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """(tokens, D) the decoder's output, of several sheets laid end to end."""
+    arguments = {k: v for k, v in kwargs.items() if k not in _OF_THE_HEAD and v is not None}
+    decoder = decoder_of(model)
+    input_ids = arguments.get("input_ids")
+    if not isinstance(input_ids, (tuple, list)):
+        hidden = decoder(*args, use_cache=False, **arguments)[0]  # (B, L, D)
+        return hidden.reshape(-1, hidden.shape[-1])
+    if set(arguments) != {"input_ids"}:
+        raise ValueError(
+            f"input_ids are {len(input_ids)} sheets beside {sorted(set(arguments) - {'input_ids'})}; expected them alone"
+        )
+    sheets = [decoder(input_ids=sheet, use_cache=False)[0].flatten(0, 1) for sheet in input_ids]
+    return sheets[0] if len(sheets) == 1 else torch.cat(sheets)

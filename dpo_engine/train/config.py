@@ -48,7 +48,7 @@ class DPOConfig(TrainingArguments):
     )
     max_tokens_per_forest: int | None = field(
         default=None,
-        metadata={"help": "Tokens computed at once, padding included: memory and speed only, never the result."},
+        metadata={"help": "Tokens computed at once: memory and speed only, never the result."},
     )
 
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate (about 5e-6 suits LoRA)."})

@@ -106,30 +106,29 @@ def one_hot() -> Case:
     return Case(hidden=hidden, weight=torch.eye(v) * 50.0, labels=labels, upstream=upstream(32))
 
 
-def rising() -> Case:
+def rising(n: int = 21, v: int = 9001) -> Case:
     """Logits rise by 500 nats over the vocabulary, labels lie low: what is summed must be rescaled, tile after tile."""
-    n, v = 21, 9001
     case = randn(n=n, d=6, v=v)
     hidden = torch.cat([case.hidden, torch.full((n, 1), 25.0)], 1)
     weight = torch.cat([case.weight, torch.linspace(-10.0, 10.0, v)[:, None]], 1)
-    return Case(hidden=hidden, weight=weight, labels=torch.arange(n) * 7, upstream=case.upstream)
+    return Case(hidden=hidden, weight=weight, labels=torch.arange(n) * 7 % v, upstream=case.upstream)
 
 
-def minus_infinity() -> Case:
+def minus_infinity(n: int = 37, v: int = 9001, masked: slice = slice(4000, 8500)) -> Case:
     """A mask of -inf in the bias that takes a whole tile and parts of both its neighbours."""
-    case = with_bias(v=9001)
+    case = with_bias(n=n, v=v)
     assert case.bias is not None
     bias = case.bias.clone()
-    bias[4000:8500] = float("-inf")
-    labels = case.labels % 4000
-    labels[::4] = 9000
+    bias[masked] = float("-inf")
+    labels = case.labels % masked.start
+    labels[::4] = v - 1
     return Case(hidden=case.hidden, weight=case.weight, labels=labels, upstream=case.upstream, bias=bias)
 
 
-def strided() -> Case:
+def strided(n: int = 40, v: int = 700) -> Case:
     """Every other row and feature of a wider `hidden`, and a `weight` stored as (D, V)."""
-    case = randn(n=40, d=12, v=700)
-    hidden = torch.full((80, 24), float("nan"))
+    case = randn(n=n, d=12, v=v)
+    hidden = torch.full((2 * n, 24), float("nan"))
     hidden[::2, 1::2] = case.hidden
     return Case(
         hidden=hidden[::2, 1::2], weight=case.weight.T.contiguous().T, labels=case.labels, upstream=case.upstream

@@ -16,21 +16,32 @@ TREES = [tree([1, 2, 3], [4, 5], [6, 7, 8, 9]), tree([10], [11], [12, 13]), tree
 
 def test_every_scored_token_is_predicted_by_the_row_of_the_token_before_it() -> None:
     forest = build_forest(TREES)
-    flat = forest.input_ids.reshape(-1)
+    # Where each row of each sheet begins among all hidden rows, and what it holds.
+    begins, offset = {}, 0
+    for sheet in forest.input_ids:
+        for row in sheet.tolist():
+            begins[offset] = row
+            offset += len(row)
     completions = [(t.prompt_ids, c) for t in TREES for c in t.completions]
-    start = 0
+    start, used = 0, set()
     for index, (prompt, completion) in enumerate(completions):
         span = slice(start, start + len(completion))
         assert forest.labels[span].tolist() == completion
         assert forest.completion_ids[span].tolist() == [index] * len(completion)
-        # Everything from the row's start up to the predicting token is the sequence itself.
-        width = forest.input_ids.shape[1]
         for position, source in enumerate(forest.score_from[span].tolist()):
-            assert source // width == index
-            seen = flat[index * width : source + 1].tolist()
-            assert seen == [*prompt, *completion[:position]]
+            begin = max(b for b in begins if b <= source)
+            used.add(begin)
+            # Everything from the row's start up to the predicting token is the sequence itself.
+            assert begins[begin][: source - begin + 1] == [*prompt, *completion[:position]]
         start += len(completion)
     assert start == len(forest.labels) == len(forest.score_from)
+    assert len(used) == len(completions) == len(begins)
+
+
+def test_at_most_an_eighth_of_a_row_is_padding() -> None:
+    trees = [tree([1] * p, [2] * (p % 7 + 1), [3] * (3 * p % 11 + 1)) for p in range(1, 60)]
+    forest = build_forest(trees)
+    assert forest.tokens <= sum(sheet.numel() for sheet in forest.input_ids) <= forest.tokens * 8 / 7
 
 
 def test_the_forest_counts_trees_completions_and_tokens() -> None:
@@ -69,7 +80,7 @@ def test_packing_keeps_every_tree_once_and_every_forest_within_the_budget() -> N
     forests = pack_trees(trees, max_tokens=300)
     assert sorted(id(t) for members in forests for t in members) == sorted(map(id, trees))
     for members in forests:
-        assert build_forest(members).input_ids.numel() <= 300
+        assert build_forest(members).tokens <= 300
     assert len(forests) < len(trees) / 2
 
 
@@ -84,4 +95,4 @@ def test_the_collator_gives_the_same_batch_on_every_call() -> None:
     first, second = (ForestCollator(12)(TREES) for _ in range(2))
     assert first.trees == 3 and len(first.forests) == len(second.forests) > 1
     for a, b in zip(first.forests, second.forests, strict=True):
-        assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.score_from, b.score_from)
+        assert all(map(torch.equal, a.input_ids, b.input_ids)) and torch.equal(a.score_from, b.score_from)
