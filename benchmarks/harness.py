@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -130,6 +131,9 @@ class Finished:
     stdout: str
     stderr: str
     seconds: float
+    cpu_seconds: (
+        float  # user and system time of all its threads: far below threads x seconds says that others were at work
+    )
     peak_rss_mb: float  # of its own address space, as the kernel counted it
 
 
@@ -147,7 +151,7 @@ def run_watched(command: Sequence[str], *, env: Mapping[str, str] | None = None,
         RuntimeError: it exited with another status than 0; the message ends with the last lines it wrote.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), _children_cpu_seconds()
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=out, stderr=None if echo else err
         )
@@ -160,7 +164,7 @@ def run_watched(command: Sequence[str], *, env: Mapping[str, str] | None = None,
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        seconds = time.perf_counter() - begin
+        seconds, cpu_seconds = time.perf_counter() - begin, _children_cpu_seconds() - cpu_begin
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -168,7 +172,12 @@ def run_watched(command: Sequence[str], *, env: Mapping[str, str] | None = None,
     if process.returncode != 0:
         last = "\n".join("".join(texts).splitlines()[-20:])
         raise RuntimeError(f"{' '.join(command)} exited with {process.returncode}:\n{last}")
-    return Finished(stdout=texts[0], stderr=texts[1], seconds=seconds, peak_rss_mb=peak)
+    return Finished(stdout=texts[0], stderr=texts[1], seconds=seconds, cpu_seconds=cpu_seconds, peak_rss_mb=peak)
+
+
+def _children_cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def last_json(stdout: str) -> dict[str, Any]:

@@ -176,6 +176,7 @@ def _common(done: Finished, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "peak_rss_mb": done.peak_rss_mb,
         "process_s": done.seconds,
+        "process_cpu_s": done.cpu_seconds,
         "losses": [entry["loss"] for entry in log],
         "logps_chosen": [entry["logps/chosen"] for entry in log],
         "grad_norms": [entry["grad_norm"] for entry in log],
@@ -238,6 +239,9 @@ def compare(records: Sequence[dict[str, Any]], job: Job) -> list[str]:
         lines.append(
             f"CAUTION: {TITLES[name]} starts at loss {by_run[name][0]['losses'][0]:.5f}, expected ln 2 = {START:.5f}"
         )
+    trained = {record["trainable_parameters"] for record in records}
+    if len(trained) > 1:
+        lines.append(f"CAUTION: the runs train different numbers of parameters: {sorted(trained)}")
     starts = {TITLES[name]: round(found[0]["logps_chosen"][0], 3) for name, found in by_run.items()}
     lines.append(f"mean chosen log-prob of the first step: {starts}")
     return lines

@@ -49,7 +49,10 @@ RUNS += [(name, dtype) for name in HALVES for dtype in (torch.bfloat16, torch.fl
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several slabs, and for the case with most rows two row tiles. Products are float32, since the interpreter cuts bfloat16 off when it stores."""
+    """Several slabs, and two row tiles where there are more than 16 rows.
+
+    Products are float32, since the interpreter cuts bfloat16 off when it stores.
+    """
     monkeypatch.setitem(tiled._TILE_ROWS, "cpu", 16)
     monkeypatch.setitem(tiled._TILE_COLUMNS, "cpu", 64)
     monkeypatch.setattr(tiled, "cpu_multiplies_bfloat16", lambda: False)

@@ -145,6 +145,13 @@ def test_the_peak_is_of_the_child_and_not_of_its_parent() -> None:
     assert held[0] == ord("x")
 
 
+def test_a_child_that_computes_is_told_from_one_that_waits() -> None:
+    waits = harness.run_watched([sys.executable, "-c", "import time; time.sleep(0.6)"])
+    computes = harness.run_watched([sys.executable, "-c", "import time\nwhile time.process_time() < 0.6: pass"])
+    assert waits.seconds > 0.6 > 0.4 > waits.cpu_seconds
+    assert computes.cpu_seconds > 0.6
+
+
 def test_a_reset_peak_forgets_what_was_freed_before() -> None:
     code = """
 import importlib.util, sys
