@@ -270,7 +270,8 @@ def write_results(
         "benchmark": what,
         "time": now.isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Names without the folders of whoever ran it.
+        "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
         "machine": dict(machine),
     }
     text = "".join(json.dumps({**common, **record}, allow_nan=False) + "\n" for record in records)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from dpo_engine.data import PairData, PairSource, check_source, load_pairs
 from dpo_engine.errors import ConfigError
@@ -121,6 +121,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     say(f"loading {config.model} ({model_path}) in {str(dtype).removeprefix('torch.')} on {config.device}")
     model = load_model(model_path, dtype=dtype, trainable=config.lora_r == 0)
     if config.lora_r:
+        set_seed(config.seed)  # the trainer does this too, but the adapters are drawn before there is one
         model = add_lora(
             model,
             r=config.lora_r,
@@ -174,7 +175,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         "margin": _before_after(before, after, "eval_rewards/margins"),
         "held_out_loss": _before_after(before, after, "eval_loss"),
         "pairs_per_s": clock.pairs_per_second(config),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": _peak_rss_mb(),
         "peak_cuda_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(config.device),
@@ -243,6 +244,16 @@ def _before_after(
     before: dict[str, float] | None, after: dict[str, float] | None, name: str
 ) -> dict[str, float | None]:
     return {"before": before.get(name) if before else None, "after": after.get(name) if after else None}
+
+
+def _peak_rss_mb() -> float:
+    """Most memory this process ever held, in MiB."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        # Elsewhere than on Linux; there the number also counts the peak of the process that started this one.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _user_text(prompt: str | list[dict[str, str]]) -> str:

@@ -227,3 +227,19 @@ def test_the_console_script_exits_with_the_errors_code_and_help_is_quick_to_read
     shown = subprocess.run([*command, "train", "--help"], capture_output=True, text=True, check=True).stdout
     for name in ("--model", "--data", "--beta [0.1]", "--lora_r [16]", "--per_device_train_batch_size", "--seed [42]"):
         assert name in shown
+
+
+def test_the_seed_decides_the_whole_run(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    adapters = []
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        arguments = flags(model_folder, data, tmp_path / name, seed=seed, max_steps=2)
+        assert run(monkeypatch, capsys, *arguments)[0] == 0
+        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    first, again, other = adapters
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
