@@ -107,9 +107,9 @@ def one_hot() -> Case:
 
 
 def rising(n: int = 21, v: int = 9001) -> Case:
-    """Logits rise by 500 nats over the vocabulary, labels lie low: what is summed must be rescaled, tile after tile."""
+    """Logits rise by 1000 nats over the vocabulary, labels lie low: every tile rescales what was summed before it."""
     case = randn(n=n, d=6, v=v)
-    hidden = torch.cat([case.hidden, torch.full((n, 1), 25.0)], 1)
+    hidden = torch.cat([case.hidden, torch.full((n, 1), 50.0)], 1)
     weight = torch.cat([case.weight, torch.linspace(-10.0, 10.0, v)[:, None]], 1)
     return Case(hidden=hidden, weight=weight, labels=torch.arange(n) * 7 % v, upstream=case.upstream)
 
