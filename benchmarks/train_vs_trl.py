@@ -32,13 +32,15 @@ START = math.log(2)  # DPO's loss where policy and reference are one
 
 TRL_ON_CPU = "TRL scores prompt and padding positions on CPU"
 RUNS: dict[str, dict[str, bool]] = {
-    "engine": {},
+    "engine": {"precompute": False},
+    "engine_precomputed": {"precompute": True},
     "trl_precomputed": {"precompute": True, "gradient_checkpointing": False},
     "trl_on_the_fly": {"precompute": False, "gradient_checkpointing": False},
     "trl_default": {"precompute": False, "gradient_checkpointing": True},
 }
 TITLES = {
     "engine": "dpo-engine",
+    "engine_precomputed": "dpo-engine, reference precomputed",
     "trl_precomputed": "TRL, reference precomputed",
     "trl_on_the_fly": "TRL, reference on the fly",
     "trl_default": "TRL as it comes (checkpointing)",
@@ -88,13 +90,14 @@ def read_pairs(data: str, model_path: str, max_length: int, count: int) -> list[
 # ---- one run ----
 
 
-def run_engine(job: Job, folder: Path) -> dict[str, Any]:
+def run_engine(job: Job, folder: Path, *, precompute: bool) -> dict[str, Any]:
     """`dpo-engine train` in a process of its own."""
     output = folder / "engine"
     options = {
         "model": job.model_path,
         "data": job.data,
         "max_pairs": len(job.pairs),
+        "precompute_ref_log_probs": str(precompute).lower(),
         "dtype": job.dtype,
         "per_device_train_batch_size": job.batch,
         "max_length": job.max_length,
@@ -122,7 +125,7 @@ def run_engine(job: Job, folder: Path) -> dict[str, Any]:
         | {
             "pairs_per_s": result["pairs_per_s"],
             "steps": result["steps"],
-            "reference_s": 0.0,  # computed in every step, and so part of pairs_per_s
+            "reference_s": result["reference_s"],  # 0 where it is computed in every step, and so part of pairs_per_s
             "train_s": next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry),
             "head_positions": sum(
                 len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in job.pairs[: result["steps"] * job.batch]
@@ -203,7 +206,10 @@ def compare(records: Sequence[dict[str, Any]], job: Job) -> list[str]:
         return quantile(values, 0.5) if values else math.nan
 
     def ratio(name: str, key: str, form: str) -> str:
-        return form.format(middle("engine", key) / middle(name, key)) if "engine" in by_run else "-"
+        # Like with like: where the reference is precomputed, so is ours, if that was run.
+        alike = name.endswith("_precomputed") and "engine_precomputed" in by_run
+        base = "engine_precomputed" if alike else "engine"
+        return form.format(middle(base, key) / middle(name, key)) if base in by_run else "-"
 
     header = ["run", "pairs/s", "engine is", "with reference", "engine is", "peak RSS MB", "engine takes"]
     header += ["reference s", "train() s", "first loss", "head rows"]
@@ -230,7 +236,7 @@ def compare(records: Sequence[dict[str, Any]], job: Job) -> list[str]:
         table(header, rows),
     ]
     on_cpu = all(record["peak_cuda_mb"] is None for record in records)
-    if on_cpu and any(name != "engine" for name in by_run):
+    if on_cpu and any(name.startswith("trl") for name in by_run):
         lines.append(
             f'{TRL_ON_CPU}: "head rows" are the rows of hidden states that the policy\'s forwards put through the head.'
         )
@@ -264,7 +270,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=describe_machine()["cores"])
     parser.add_argument("--repeats", type=int, default=1, help="rounds over all runs; the table shows medians")
     parser.add_argument(
-        "--only", nargs="+", choices=list(RUNS), default=["engine", "trl_precomputed", "trl_on_the_fly"]
+        "--only", nargs="+", choices=list(RUNS), default=["engine", "engine_precomputed", "trl_precomputed", "trl_on_the_fly"]
     )
     parser.add_argument("--no_save", action="store_true", help="print only")
     args = parser.parse_args()
@@ -304,8 +310,8 @@ def main() -> None:
         for name in order:
             print(f"running: {TITLES[name]}", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
-                if name == "engine":
-                    record = run_engine(job, Path(folder))
+                if name.startswith("engine"):
+                    record = run_engine(job, Path(folder), **RUNS[name])
                 else:
                     record = run_trl(job, Path(folder), **RUNS[name])
             seen = record["steps"] * job.batch
@@ -316,7 +322,7 @@ def main() -> None:
     print("\n".join(compare(records, job)))
     if not args.no_save:
         note = TRL_ON_CPU if not torch.cuda.is_available() else None
-        saved = [{**record, "note": note if record["run"] != "engine" else None} for record in records]
+        saved = [{**record, "note": note if record["run"].startswith("trl") else None} for record in records]
         print(f"written to {write_results('train_vs_trl', saved, machine=machine)}")
 
 

@@ -119,10 +119,6 @@ def _put_at_labels(tile: Tensor, labels: Tensor, first_column: int, value: float
     columns = labels - first_column
     inside = (columns >= 0) & (columns < tile.shape[1])
     columns = columns.clamp(0, tile.shape[1] - 1)[:, None]
-    # A scatter of 0-dim values would sync; where() keeps the old entry of the rows whose label is elsewhere.
-    kept = torch.where(
-        inside[:, None],
-        torch.as_tensor(value, dtype=tile.dtype).reshape(-1, 1).to(tile.device),
-        tile.gather(1, columns),
-    )
-    tile.scatter_(1, columns, kept)
+    # where() keeps the old entry of the rows whose label is elsewhere, and takes a plain number without a copy to the device.
+    wanted = value[:, None] if isinstance(value, Tensor) else value
+    tile.scatter_(1, columns, torch.where(inside[:, None], wanted, tile.gather(1, columns)))

@@ -63,8 +63,9 @@ def summary_text(result: dict[str, Any], answers: Sequence[Answer], picture: Pat
     memory = f"{result['peak_rss_mb']:.0f} MB"
     if result["peak_cuda_mb"] is not None:
         memory += f", on the GPU {result['peak_cuda_mb']:.0f} MB"
-    speed = "not measured (one step)" if result["pairs_per_s"] is None else f"{result['pairs_per_s']:.2f} pairs/s"
-    lines.append(f"speed {speed}, peak memory {memory}, {result['steps']} steps on {result['rows_used']} pairs")
+    speed = "speed not measured (one step)" if result["pairs_per_s"] is None else f"{result['pairs_per_s']:.2f} pairs/s"
+    steps = f"{result['steps']} steps of {result['pairs_per_step']} pairs, out of {result['rows_used']}"
+    lines.append(f"{steps}: {speed}, peak memory {memory}")
     for answer in answers:
         lines += [
             "",

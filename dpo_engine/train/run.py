@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from dpo_engine.data import PairData, PairSource, check_source, load_pairs
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.adapters import ALL_LINEAR, add_lora
-from dpo_engine.model.loading import check_model, load_model, load_tokenizer, resolve_dtype, resolve_model
+from dpo_engine.model.loading import check_model, cpu_has_bf16, load_model, load_tokenizer, resolve_dtype, resolve_model
 from dpo_engine.train.config import DTYPES, DPOConfig, require
 from dpo_engine.train.report import draw_training, summary_text
 from dpo_engine.train.samples import Answer, answers_to
@@ -89,7 +90,12 @@ class TrainConfig(DPOConfig):
             self.dataloader_pin_memory = False
         dtype = resolve_dtype(self.dtype)
         self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+        if self.fp16 and self.use_cpu:
+            raise ConfigError(
+                "dtype=float16 needs a GPU (its loss scaling is not done on a CPU); use float32 or bfloat16"
+            )
         super().__post_init__()
+        _check_report_to(self.report_to)
 
 
 def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
@@ -118,6 +124,8 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         for line in source.report.lines() if source else []:
             say(line)
     dtype = resolve_dtype(config.dtype)
+    if config.use_cpu and dtype == torch.bfloat16 and not cpu_has_bf16():
+        say("note: this CPU has no bfloat16 instructions; dtype: float32 (or auto) is many times faster here")
     say(f"loading {config.model} ({model_path}) in {str(dtype).removeprefix('torch.')} on {config.device}")
     model = load_model(model_path, dtype=dtype, trainable=config.lora_r == 0)
     if config.lora_r:
@@ -160,13 +168,15 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     picture = None
     if config.picture:
         title = f"{config.method} · {config.model} · {len(data)} pairs"
-        picture = draw_training(trainer.state.log_history, output / "training.png", title=title)
+        start = [{"step": 0, **before}] if before and not config.resume else []
+        picture = draw_training([*start, *trainer.state.log_history], output / "training.png", title=title)
     result = {
         "schema": RESULT_SCHEMA,
         "method": config.method,
         "model_path": str(model_path),
         "output_dir": str(output),
         "steps": trainer.state.global_step,
+        "pairs_per_step": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
         "rows_read": data.report.rows_read,
         "rows_used": data.report.rows_used,
         "rows_left_out": data.report.rows_left_out,
@@ -175,6 +185,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         "margin": _before_after(before, after, "eval_rewards/margins"),
         "held_out_loss": _before_after(before, after, "eval_loss"),
         "pairs_per_s": clock.pairs_per_second(config),
+        "reference_s": trainer.reference_seconds,
         "peak_rss_mb": _peak_rss_mb(),
         "peak_cuda_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
         "dtype": str(dtype).removeprefix("torch."),
@@ -184,6 +195,17 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     }
     say(summary_text(result, answers, picture))
     return result
+
+
+def _check_report_to(names: str | list[str] | None) -> None:
+    """Refuse what would fail only after the model was loaded."""
+    installed = get_available_reporting_integrations()
+    for name in [names] if isinstance(names, str) else names or []:
+        if name not in ("none", "all") and name not in installed:
+            raise ConfigError(
+                f"report_to={name!r} is not installed or not known; installed: {', '.join(installed) or 'nothing'}; "
+                "install it, or use report_to: none"
+            )
 
 
 def _prepare_output(config: TrainConfig) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -89,6 +90,7 @@ class DPOTrainer(Trainer):
         self.reference = self._make_reference(model, ref_model)
         self._starts_at_reference = ref_model is None and (not is_peft_model(model) or adapters_are_zero(model))
         self._start_checked = False
+        self.reference_seconds = 0.0
         self._train_metrics = MetricSums()
         train_data = _tokenized(train_dataset, processing_class, args, "train_dataset")
         eval_data = _tokenized(eval_dataset, processing_class, args, "eval_dataset")
@@ -170,10 +172,12 @@ class DPOTrainer(Trainer):
         """
         if not (self.config.precompute_ref_log_probs and self.method.needs_reference):
             return
+        begin = time.perf_counter()
         for name in ("train_dataset", "eval_dataset"):
             data = getattr(self, name)
             if data is not None and not isinstance(data[0], ScoredTree):
                 setattr(self, name, self._scored_trees(data, name))
+        self.reference_seconds += time.perf_counter() - begin
 
     def _scored_trees(self, data: Sequence[TokenTree], name: str) -> list[ScoredTree]:
         """`data`, in its order, with reference log-probs; forward only, in forests of like lengths."""

@@ -110,6 +110,18 @@ def test_gradient_accumulation_and_packing_change_nothing_but_rounding(tmp_path:
         assert_same_gradients(recorder.steps, runs[0][1].steps)
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_trains_the_same_adapters(tmp_path: Path, name: str) -> None:
+    if name not in DPOConfig.__dataclass_fields__:
+        pytest.skip(f"this transformers has no {name}")
+    data = random_pairs(8)
+    _, recorded = train(tiny_llama(), data, config(tmp_path, max_steps=2), peft_config=LORA)
+    saving, recorded_saving = train(tiny_llama(), data, config(tmp_path, max_steps=2, **{name: True}), peft_config=LORA)
+    assert_same_gradients(recorded_saving.steps, recorded.steps)
+    assert max(gradient.abs().max() for gradient in recorded_saving.steps[1].values()) > 0
+    assert saving.model.get_base_model().is_gradient_checkpointing
+
+
 def test_a_reference_computed_beforehand_changes_nothing_but_rounding(tmp_path: Path) -> None:
     data = random_pairs(12)
     for lora in (None, LORA):

@@ -62,6 +62,7 @@ def test_both_names_of_bfloat16_turn_it_on(name: str) -> None:
         (["--truncation", "left"], "truncation='left' is out of range; expected one of keep_start"),
         (["--method", "dop"], "method='dop' is not known; did you mean 'dpo'"),
         (["--dtype", "bf61"], "dtype='bf61' is out of range"),
+        (["--report_to", "nosuchlogger"], "report_to='nosuchlogger' is not installed"),
         (["--lora_r", "-1"], "lora_r=-1 is out of range"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 is out of range"),
         (["--beta", "0.1", "--beta", "0.2"], "--beta is given twice"),
