@@ -270,7 +270,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=describe_machine()["cores"])
     parser.add_argument("--repeats", type=int, default=1, help="rounds over all runs; the table shows medians")
     parser.add_argument(
-        "--only", nargs="+", choices=list(RUNS), default=["engine", "engine_precomputed", "trl_precomputed", "trl_on_the_fly"]
+        "--only",
+        nargs="+",
+        choices=list(RUNS),
+        default=["engine", "engine_precomputed", "trl_precomputed", "trl_on_the_fly"],
     )
     parser.add_argument("--no_save", action="store_true", help="print only")
     args = parser.parse_args()
