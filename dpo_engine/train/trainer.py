@@ -107,6 +107,8 @@ class DPOTrainer(Trainer):
         if self.reference is not None:
             self.reference.to(args.device)
         probe_head(causal)
+        if self.reference is not None and ref_model is not None:
+            probe_head(_causal_model(self.reference))
 
     def _make_reference(self, model: nn.Module, ref_model: nn.Module | None) -> nn.Module | None:
         """The frozen second model, or None where switching the adapters off gives the reference."""
