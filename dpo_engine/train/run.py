@@ -123,22 +123,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     for source in (data, held_out):
         for line in source.report.lines() if source else []:
             say(line)
-    dtype = resolve_dtype(config.dtype)
-    if config.use_cpu and dtype == torch.bfloat16 and not cpu_has_bf16():
-        say("note: this CPU has no bfloat16 instructions; dtype: float32 (or auto) is many times faster here")
-    say(f"loading {config.model} ({model_path}) in {str(dtype).removeprefix('torch.')} on {config.device}")
-    model = load_model(model_path, dtype=dtype, trainable=config.lora_r == 0)
-    if config.lora_r:
-        set_seed(config.seed)  # the trainer does this too, but the adapters are drawn before there is one
-        model = add_lora(
-            model,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            target_modules=config.lora_target_modules or ALL_LINEAR,
-            dropout=config.lora_dropout,
-        )
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters with {config.method}")
+    model = _load_policy(config, model_path, say)
     clock = _StepClock()
     trainer = DPOTrainer(
         model=model,
@@ -188,7 +173,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         "reference_s": trainer.reference_seconds,
         "peak_rss_mb": _peak_rss_mb(),
         "peak_cuda_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(resolve_dtype(config.dtype)).removeprefix("torch."),
         "device": str(config.device),
         "picture": str(picture) if picture else None,
         "answers": [vars(answer) for answer in answers],
@@ -251,6 +236,27 @@ def _pairs(source: PairSource | None, tokenizer: Any, config: TrainConfig, limit
         method=config.method,
         limit=limit,
     )
+
+
+def _load_policy(config: TrainConfig, model_path: str, say: Say) -> Any:
+    """The model that trains: with adapters, or whole."""
+    dtype = resolve_dtype(config.dtype)
+    if config.use_cpu and dtype == torch.bfloat16 and not cpu_has_bf16():
+        say("note: this CPU has no bfloat16 instructions; dtype: float32 (or auto) is many times faster here")
+    say(f"loading {config.model} ({model_path}) in {str(dtype).removeprefix('torch.')} on {config.device}")
+    model = load_model(model_path, dtype=dtype, trainable=config.lora_r == 0)
+    if config.lora_r:
+        set_seed(config.seed)  # the trainer does this too, but the adapters are drawn before there is one
+        model = add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules or ALL_LINEAR,
+            dropout=config.lora_dropout,
+        )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters with {config.method}")
+    return model
 
 
 def _judge(trainer: DPOTrainer, held_out: PairData | None, say: Say, when: str) -> dict[str, float] | None:
