@@ -1,9 +1,10 @@
 """What is the function from hidden states to logits?
 
-    z = softcap(logit_scale * (hidden @ weight.T + bias))        softcap(x) = softcap * tanh(x / softcap)
+    x = logit_scale * (hidden @ weight.T + lora_hidden @ lora_weight.T + bias)
+    z = softcap * tanh(x / softcap)
 
-`Head` holds the four numbers of that line, and the two small functions every path shares: the logit of one row's own
-label, and the slope `dz/dx` of the softcap.
+`Head` holds what that line needs of the vocabulary, `Rows` what it needs of the tokens, and here are the two small
+functions that every path shares: the logit of a row's own label, and the slope `dz/dx` of the softcap.
 """
 
 from __future__ import annotations
@@ -13,13 +14,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpo_engine.ops.weights import HeadWeight
+
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    weight: Tensor  # (V, D)
+    weight: HeadWeight  # (V, D)
     bias: Tensor | None = None  # (V,)
+    lora_weight: Tensor | None = None  # (V, r)
     logit_scale: float = 1.0
     softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Scored tokens: each row of `hidden` predicts its label."""
+
+    hidden: Tensor  # (N, D)
+    labels: Tensor  # (N,) int64, each in [0, V)
+    lora_hidden: Tensor | None = None  # (N, r)
+
+    @property
+    def count(self) -> int:
+        return self.hidden.shape[0]
+
+    def at(self, span: slice | Tensor) -> Rows:
+        """Those rows only."""
+        lora_hidden = None if self.lora_hidden is None else self.lora_hidden[span]
+        return Rows(hidden=self.hidden[span], labels=self.labels[span], lora_hidden=lora_hidden)
 
 
 def softcap_slope(x: Tensor, softcap: float) -> Tensor:
@@ -27,21 +49,8 @@ def softcap_slope(x: Tensor, softcap: float) -> Tensor:
     return (x / softcap).cosh_().reciprocal_().square_()
 
 
-def label_logits(hidden: Tensor, head: Head, label_rows: Tensor, label_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`z[i, labels[i]]` by one dot product a row, and the slope of the softcap there.
-
-    Args:
-        hidden: (N, D), in the accumulation dtype (float32, or float64 for float64 inputs).
-        label_rows: (N, D) `weight[labels]`, in the dtype of `hidden`.
-        label_bias: (N,) `bias[labels]`, likewise, or None.
-
-    Returns:
-        `(z, slope)`, both (N,) in the dtype of `hidden`; the slope is 1 without a softcap.
-    """
-    x = torch.linalg.vecdot(hidden, label_rows)
-    if label_bias is not None:
-        x += label_bias
-    x *= head.logit_scale
-    if head.softcap is None:
+def capped(x: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """`(z, dz/dx)`; the slope is 1 without a softcap."""
+    if softcap is None:
         return x, torch.ones_like(x)
-    return head.softcap * torch.tanh(x / head.softcap), softcap_slope(x, head.softcap)
+    return softcap * torch.tanh(x / softcap), softcap_slope(x, softcap)

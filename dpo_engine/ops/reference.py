@@ -9,22 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_engine.ops.head import Head
+from dpo_engine.ops.head import Head, Rows
 
 
-def logps_by_definition(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """`log_softmax(z)[labels]` with `z = softcap(logit_scale * (hidden @ weight.T + bias))`, upcast before the softmax.
+def logits_by_definition(rows: Rows, head: Head) -> Tensor:
+    """`z = softcap(logit_scale * (hidden @ weight.T + lora_hidden @ lora_weight.T + bias))`.
 
     Args:
-        hidden: (N, D).
-        head: weight (V, D) and bias (V,) in the dtype of `hidden`.
-        labels: (N,) int64, each in `[0, V)`.
+        rows: `hidden` and `lora_hidden` in one dtype.
+        head: its tensors in the dtype of `rows`.
 
     Returns:
-        (N,) float32, or float64 for float64 inputs; differentiable by ordinary autograd.
+        (N, V) float32, or float64 for float64 inputs.
     """
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)  # (N, V)
-    logits = logits.to(torch.promote_types(hidden.dtype, torch.float32)) * head.logit_scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    logits = torch.nn.functional.linear(rows.hidden, head.weight.slab(0, head.weight.shape[0]), head.bias)  # (N, V)
+    if rows.lora_hidden is not None and head.lora_weight is not None:
+        logits = logits + rows.lora_hidden @ head.lora_weight.T
+    logits = logits.to(torch.promote_types(rows.hidden.dtype, torch.float32)) * head.logit_scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

@@ -3,285 +3,280 @@
 The (N, V) logits are never held: a loop over row tiles and vocabulary slabs multiplies with the vendor's GEMM, folds
 the tile away with a tile pass, and goes on. Three loops, by what a caller needs:
 
-    logps_only       no gradient, or the forward of a trainable head       1 GEMM
-    logps_and_unit   frozen head: the gradient of logp_i before upstream   2 GEMMs, and none in backward
+    row_statistics   no gradient, or the forward of a trainable head       1 GEMM
+    rows_and_unit    frozen head: the gradient of logp_i before upstream   2 GEMMs, and none in backward
     head_backward    trainable head, any upstream gradient                 3 GEMMs (the recomputed tile, dH, dW)
 
-With `c` the row constant of `tile_pass`, `S = sum_{v != y} exp(z_v - c)` and `t = exp(z_y - c)`:
+With `c`, `S` and `t` as in `statistics`, `E_iv = exp(z_iv - c_i) dz/dx` in every column but the label's, which is 0:
 
-    logp = -log1p(S / t)        d logp / d hidden = logit_scale * (S * slope_y * W_y - E W) / (S + t)
-
-so a row that is sure of its label (S near 0) loses nothing to cancellation, in value or in gradient.
+    d logp / d hidden = logit_scale * (S * slope_y * W_y - E W) / (S + t)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_engine.ops.head import Head, label_logits
-from dpo_engine.ops.tile_pass import tile_backward, tile_pass
+from dpo_engine.ops.head import Head, Rows, capped
+from dpo_engine.ops.passes import TilePasses
+from dpo_engine.ops.plan import Plan, Slab, make_plan
+from dpo_engine.ops.statistics import RowStatistics, extras_from_moments, new_moments
 
-ROW_MULTIPLE = 16  # row tiles are padded to this, so that a row's bits do not depend on how many rows came with it
-_TILE_ROWS = {"cpu": 512, "cuda": 1024}
-_TILE_COLUMNS = {"cpu": 4096, "cuda": 8192}
-_SLAB_BYTES = (
-    24 << 20
-)  # a CPU without bfloat16 instructions multiplies in float32, from a copy of the slab this large at most
+# A sum of squares overflows at half the exponent.
+_MARGIN_OF_SQUARES = 20.0
 
 
-@dataclass(frozen=True)
-class TilePasses:
-    """The two tile passes of a backend: plain torch, or Triton kernels with the same arguments."""
+class Scored(NamedTuple):
+    """What the forward of N rows gives."""
 
-    forward: Callable[..., Tensor] = tile_pass
-    backward: Callable[..., None] = tile_backward
-
-
-TORCH_PASSES = TilePasses()
+    stats: RowStatistics
+    extras: Tensor | None  # (3, N)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowStatistics:
-    """What the softmax of each row comes to, relative to its constant: all (N,) in the accumulation dtype."""
+class Unit(NamedTuple):
+    """`d logp_i / d hidden_i` and `d logp_i / d lora_hidden_i`, before any upstream gradient."""
 
-    constants: Tensor  # c
-    sums: Tensor  # S = sum_{v != y} exp(z_v - c)
-    label_logits: Tensor  # z_y
-    label_slopes: Tensor  # dz/dx at the label; 1 without a softcap
-
-    @property
-    def label_weights(self) -> Tensor:
-        """`t = exp(z_y - c)`."""
-        return (self.label_logits - self.constants).exp()
-
-    def logps(self) -> Tensor:
-        """`-log1p(S / t)`; by `z_y - c - log(S + t)` where `t` is too small to divide by. NaN where `z_y` is +inf."""
-        t = self.label_weights
-        direct = self.label_logits - self.constants - (self.sums + t).log()
-        divisible = (t > 1e-20) & t.isfinite()
-        return torch.where(divisible, -(self.sums / t).log1p(), direct)
+    hidden: Tensor  # (N, D)
+    lora_hidden: Tensor | None  # (N, r)
 
 
-def logps_only(hidden: Tensor, head: Head, labels: Tensor, dtype: torch.dtype, passes: TilePasses) -> RowStatistics:
+class HeadGrads(NamedTuple):
+    """A gradient per input of the head, None where it was not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_hidden: Tensor | None
+    lora_weight: Tensor | None
+
+
+def row_statistics(
+    rows: Rows, head: Head, dtype: torch.dtype, passes: TilePasses, *, with_extras: bool = False
+) -> Scored:
     """Row statistics by one GEMM; nothing is kept but four numbers a row.
 
     Args:
-        hidden: (N, D).
-        labels: (N,) int64, each in `[0, V)`.
-        dtype: what `hidden` and `head.weight` are rounded to before they are multiplied.
+        dtype: what `hidden` and the weights are rounded to before they are multiplied.
     """
-    plan = _plan(hidden, head, dtype)
-    parts = [
-        _fold_vocabulary(rows, head, row_labels, plan, passes, None)
-        for rows, row_labels in plan.row_tiles(hidden, labels)
+    plan = make_plan(rows, head, dtype)
+    folded = [
+        (span, _fold_vocabulary(tile, head, plan, passes, None, None, with_extras=with_extras))
+        for span, tile in plan.row_tiles(rows)
     ]
-    return _join(parts, hidden.shape[0], plan)
+    return _joined(folded, plan, with_extras)
 
 
-def logps_and_unit(
-    hidden: Tensor, head: Head, labels: Tensor, dtype: torch.dtype, passes: TilePasses
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and `u = d logp_i / d hidden_i`, by two GEMMs.
+def rows_and_unit(
+    rows: Rows, head: Head, dtype: torch.dtype, passes: TilePasses, *, with_extras: bool = False
+) -> tuple[Scored, Unit]:
+    """Row statistics and the gradient of each row's log-prob, by two GEMMs.
 
     Returns:
-        `(logps, u)`: (N,) in the accumulation dtype, and (N, D) in the dtype of `hidden`.
+        `(scored, unit)`, the unit in the dtypes of `rows.hidden` and `rows.lora_hidden`.
     """
-    plan = _plan(hidden, head, dtype)
-    n, d = hidden.shape
-    unit = hidden.new_empty(n, d)
-    accumulator = torch.empty(plan.rows, d, dtype=plan.accumulate, device=hidden.device)
-    parts = []
-    for start, (rows, row_labels) in zip(range(0, n, plan.rows), plan.row_tiles(hidden, labels), strict=True):
-        weighted = accumulator[: rows.shape[0]].zero_()  # E W
-        stats = _fold_vocabulary(rows, head, row_labels, plan, passes, weighted)
-        parts.append(stats)
-        total = (stats.sums + stats.label_weights)[:, None]
-        own = plan.label_rows(head, row_labels)
-        own.mul_((stats.sums * stats.label_slopes)[:, None]).sub_(weighted).mul_(head.logit_scale).div_(total)
-        kept = min(plan.rows, n - start)
-        unit[start : start + kept].copy_(own[:kept])
-    return _join(parts, n, plan).logps(), unit
+    plan = make_plan(rows, head, dtype)
+    unit = torch.empty_like(rows.hidden, memory_format=torch.contiguous_format)
+    lora_unit = None
+    if rows.lora_hidden is not None:
+        lora_unit = torch.empty_like(rows.lora_hidden, memory_format=torch.contiguous_format)
+    accumulator = torch.empty(plan.rows, rows.hidden.shape[1], dtype=plan.accumulate, device=rows.hidden.device)
+    folded = []
+    for span, tile in plan.row_tiles(rows):
+        weighted = accumulator[: tile.count].zero_()  # E W
+        lora_weighted = None if tile.lora_hidden is None else torch.zeros_like(tile.lora_hidden, dtype=plan.accumulate)
+        scored = _fold_vocabulary(tile, head, plan, passes, weighted, lora_weighted, with_extras=with_extras)
+        folded.append((span, scored))
+        stats, kept = scored.stats, span.stop - span.start
+        at_label, lora_at_label, _ = plan.at_labels(head, tile.labels)
+        # The factor is at most 1 in size before it multiplies anything: S / (S + t) is 1 - p.
+        own, others = (stats.sums * stats.label_slopes / stats.totals)[:, None], stats.totals[:, None]
+        unit[span].copy_(at_label.mul_(own).sub_(weighted.div_(others)).mul_(head.logit_scale)[:kept])
+        if lora_unit is not None and lora_at_label is not None and lora_weighted is not None:
+            lora_at_label.mul_(own).sub_(lora_weighted.div_(others)).mul_(head.logit_scale)
+            lora_unit[span].copy_(lora_at_label[:kept])
+    return _joined(folded, plan, with_extras), Unit(hidden=unit, lora_hidden=lora_unit)
 
 
 def head_backward(
-    hidden: Tensor,
+    rows: Rows,
     head: Head,
-    labels: Tensor,
     stats: RowStatistics,
     grad: Tensor,
     dtype: torch.dtype,
     passes: TilePasses,
     *,
-    want: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    want: Collection[str],
+) -> HeadGrads:
     """Gradients of `sum_i grad_i * logp_i` by recomputing each tile: up to 3 GEMMs.
 
     The vocabulary is the outer loop, so that every slab of dW is summed in float32 and written once; dH is summed in
     (N, D) float32 on the way.
 
     Args:
-        stats: what `logps_only` gave for the same inputs.
+        stats: what the forward gave for the same inputs.
         grad: (N,).
-        want: which of the gradients of (hidden, weight, bias) to compute.
+        want: which gradients to compute: names of `HeadGrads`.
 
     Returns:
-        `(d_hidden, d_weight, d_bias)` in the dtypes of `hidden`, `weight` and `bias`, None where not wanted.
+        Gradients in the dtypes of what they belong to, None where not wanted.
     """
-    want_hidden, want_weight, want_bias = want
-    plan = _plan(hidden, head, dtype)
-    n, d = hidden.shape
-    d_hidden = torch.zeros(n, d, dtype=plan.accumulate, device=hidden.device) if want_hidden else None
-    d_weight = torch.empty(head.weight.shape, dtype=head.weight.dtype, device=hidden.device) if want_weight else None
-    d_bias = torch.empty(head.weight.shape[0], dtype=plan.accumulate, device=hidden.device) if want_bias else None
-    scaled = grad.to(plan.accumulate) * head.logit_scale / (stats.sums + stats.label_weights)
+    plan = make_plan(rows, head, dtype)
+    sums = GradientSums(rows, head, plan, want)
+    scaled = grad.to(plan.accumulate) * head.logit_scale / stats.totals
     at_label = scaled * stats.sums * stats.label_slopes
-    for first, last, slab, bias in plan.slabs(head):
-        slab_grad = torch.zeros(last - first, d, dtype=plan.accumulate, device=hidden.device) if want_weight else None
-        slab_bias_grad = torch.zeros(last - first, dtype=plan.accumulate, device=hidden.device) if want_bias else None
-        for start in range(0, n, plan.rows):
-            span = slice(start, min(start + plan.rows, n))
-            rows = hidden[span].to(dtype).to(plan.multiply)
-            tile, out = plan.tile(rows, slab)
+    for slab in plan.slabs(head):
+        sums.open(slab)
+        for span, tile in plan.row_tiles(rows):
+            raw, out = plan.tile(tile, slab)
+            kept = slice(0, span.stop - span.start)
             passes.backward(
-                tile, labels[span], stats.constants[span], scaled[span], at_label[span], first,
-                bias=bias, logit_scale=head.logit_scale, softcap=head.softcap, out=out,
+                raw[kept], tile.labels[kept], stats.constants[span], scaled[span], at_label[span], slab.first,
+                bias=slab.bias, logit_scale=head.logit_scale, softcap=head.softcap, out=out[kept],
             )  # fmt: skip
-            if d_hidden is not None:
-                plan.multiply_into(d_hidden[span], out, slab)
-            if slab_grad is not None:
-                plan.multiply_into(slab_grad, out.t(), rows)
-            if slab_bias_grad is not None:
-                slab_bias_grad += out.sum(0, dtype=plan.accumulate)
-        if d_weight is not None and slab_grad is not None:
-            d_weight[first:last].copy_(slab_grad)
-        if d_bias is not None and slab_bias_grad is not None:
-            d_bias[first:last] = slab_bias_grad
-        del slab  # as in `_fold_vocabulary`
-    return (
-        None if d_hidden is None else d_hidden.to(hidden.dtype),
-        d_weight,
-        None if d_bias is None or head.bias is None else d_bias.to(head.bias.dtype),
-    )
+            out[kept.stop :] = 0  # padding rows
+            sums.add(span, tile, out, slab)
+        sums.close(slab)
+        del slab  # a copy of it must not live on while the next is made
+    return sums.result()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """Tile sizes and dtypes of one call. They depend on the head and the device, never on N."""
+class GradientSums:
+    """Sums of `G W`, `G^T H` and their kin over tiles G of `d(objective) / d(raw logits)`, slab after slab."""
 
-    rows: int
-    columns: int
-    rounded: torch.dtype  # what inputs are rounded to
-    multiply: torch.dtype  # what the GEMM is given
-    accumulate: torch.dtype
-    margin: float
-    buffer: Tensor  # one tile in the accumulation dtype
-    packed: Tensor | None  # one tile in the GEMM's dtype, where that is another
+    def __init__(self, rows: Rows, head: Head, plan: Plan, want: Collection[str]) -> None:
+        self.rows, self.plan = rows, plan
 
-    def row_tiles(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Row tiles in the GEMM's dtype, the last padded with zero rows of label 0 to a multiple of `ROW_MULTIPLE`."""
-        for start in range(0, hidden.shape[0], self.rows):  # no rows, no tile: `split` would yield an empty one
-            rows, row_labels = (x[start : start + self.rows] for x in (hidden, labels))
-            rows = rows.to(self.rounded).to(self.multiply)
-            missing = -rows.shape[0] % ROW_MULTIPLE
-            if missing:
-                rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
-                row_labels = torch.cat([row_labels, row_labels.new_zeros(missing)])
-            yield rows, row_labels
+        def made(name: str, of: Tensor | None, like: Callable[[Tensor], Tensor]) -> Tensor | None:
+            return like(of) if name in want and of is not None else None
 
-    def slabs(self, head: Head) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-        """`(first, last, weight[first:last] in the GEMM's dtype, bias[first:last])` over the vocabulary."""
-        vocabulary = head.weight.shape[0]
-        for first in range(0, vocabulary, self.columns):
-            last = min(first + self.columns, vocabulary)
-            bias = None if head.bias is None else head.bias[first:last].to(self.rounded).to(self.accumulate)
-            yield first, last, head.weight[first:last].to(self.rounded).to(self.multiply), bias
+        # A row's sum is open until the last slab, a word's only while its slab is.
+        self.d_hidden = made("hidden", rows.hidden, self._zeros_like)
+        self.d_lora_hidden = made("lora_hidden", rows.lora_hidden, self._zeros_like)
+        tensor = getattr(head.weight, "tensor", None)  # a quantised weight takes no gradient
+        self.d_weight = made("weight", tensor, self._empty_like)
+        self.d_bias = made("bias", head.bias, self._empty_like)
+        self.d_lora_weight = made("lora_weight", head.lora_weight, self._empty_like)
 
-    def label_rows(self, head: Head, labels: Tensor) -> Tensor:
-        """`weight[labels]`, (N, D), rounded like the slabs and in the accumulation dtype."""
-        return head.weight.index_select(0, labels).to(self.rounded).to(self.accumulate)
+    def open(self, slab: Slab) -> None:
+        """Begin a slab; its sums are written by `close`."""
+        self._slab_sums = {
+            name: self._slab_sum(whole, slab)
+            for name, whole in (("weight", self.d_weight), ("bias", self.d_bias), ("lora_weight", self.d_lora_weight))
+            if whole is not None
+        }
 
-    def label_bias(self, head: Head, labels: Tensor) -> Tensor | None:
-        """`bias[labels]`, (N,), rounded like the slabs' and in the accumulation dtype; None without a bias."""
-        return None if head.bias is None else head.bias.index_select(0, labels).to(self.rounded).to(self.accumulate)
+    def add(self, span: slice, tile: Rows, gradient: Tensor, slab: Slab) -> None:
+        """Add one tile of `d(objective) / d(raw logits)`, in the GEMM's dtype; padding rows of it are 0."""
+        plan, kept = self.plan, span.stop - span.start
+        if self.d_hidden is not None:
+            self._add_rows(self.d_hidden[span], gradient, slab.weight, kept)
+        if self.d_lora_hidden is not None and slab.lora_weight is not None:
+            self._add_rows(self.d_lora_hidden[span], gradient, slab.lora_weight, kept)
+        if "weight" in self._slab_sums:
+            plan.add_product(self._slab_sums["weight"], gradient.t(), tile.hidden)
+        if "lora_weight" in self._slab_sums and tile.lora_hidden is not None:
+            plan.add_product(self._slab_sums["lora_weight"], gradient.t(), tile.lora_hidden)
+        if "bias" in self._slab_sums:
+            self._slab_sums["bias"] += gradient.sum(0, dtype=plan.accumulate)
 
-    def tile(self, rows: Tensor, slab: Tensor) -> tuple[Tensor, Tensor]:
-        """`rows @ slab.T` in the accumulation dtype, and where its exponentials go (the same place if that fits)."""
-        shape = rows.shape[0], slab.shape[0]
-        tile = self.buffer[: shape[0] * shape[1]].view(shape)
-        if self.multiply == self.accumulate:
-            torch.mm(rows, slab.t(), out=tile)
-            return tile, tile
-        if rows.is_cuda:
-            torch.mm(rows, slab.t(), out_dtype=self.accumulate, out=tile)
-        else:
-            tile.copy_(torch.mm(rows, slab.t()))  # the CPU's bfloat16 GEMM can only return bfloat16
-        assert self.packed is not None
-        return tile, self.packed[: shape[0] * shape[1]].view(shape)
+    def close(self, slab: Slab) -> None:
+        """Write the slab's sums, rounded once."""
+        for name, total in self._slab_sums.items():
+            whole = getattr(self, f"d_{name}")
+            if whole.dtype != total.dtype:
+                whole[slab.first : slab.last].copy_(total)
+        self._slab_sums = {}
 
-    def multiply_into(self, accumulator: Tensor, left: Tensor, right: Tensor) -> None:
-        """`accumulator += left @ right` in the accumulation dtype."""
-        if self.multiply == self.accumulate:
-            accumulator.addmm_(left, right)
-        elif left.is_cuda:
-            accumulator += torch.mm(left, right, out_dtype=self.accumulate)
-        else:
-            accumulator += torch.mm(left, right)
+    def result(self) -> HeadGrads:
+        """Gradients in the dtypes of what they belong to; None where not wanted."""
+        lora_hidden = self.rows.lora_hidden
+        return HeadGrads(
+            hidden=None if self.d_hidden is None else self.d_hidden.to(self.rows.hidden.dtype),
+            weight=self.d_weight,
+            bias=self.d_bias,
+            lora_hidden=(
+                None
+                if self.d_lora_hidden is None or lora_hidden is None
+                else self.d_lora_hidden.to(lora_hidden.dtype)
+            ),
+            lora_weight=self.d_lora_weight,
+        )
 
+    def _add_rows(self, accumulator: Tensor, gradient: Tensor, weight: Tensor, kept: int) -> None:
+        if kept == gradient.shape[0]:
+            self.plan.add_product(accumulator, gradient, weight)
+        else:  # the height of a product decides its bits: multiply the padding rows too, then drop them
+            padded = accumulator.new_zeros(gradient.shape[0], accumulator.shape[1])
+            padded[:kept] = accumulator
+            self.plan.add_product(padded, gradient, weight)
+            accumulator.copy_(padded[:kept])
 
-def _plan(hidden: Tensor, head: Head, dtype: torch.dtype) -> _Plan:
-    device = hidden.device.type
-    accumulate = torch.promote_types(dtype, torch.float32)
-    multiply = dtype
-    if device == "cpu" and not (dtype == torch.bfloat16 and cpu_multiplies_bfloat16()):
-        multiply = accumulate
-    vocabulary, d = head.weight.shape
-    columns = _TILE_COLUMNS.get(device, _TILE_COLUMNS["cuda"])
-    if multiply != head.weight.dtype:  # slabs are copies
-        columns = min(columns, max(256, _SLAB_BYTES // (d * multiply.itemsize) // 256 * 256))
-    columns = min(columns, vocabulary)
-    rows = _TILE_ROWS.get(device, _TILE_ROWS["cuda"])
-    rows = max(ROW_MULTIPLE, min(rows, -(-hidden.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE))
-    buffer = torch.empty(rows * columns, dtype=accumulate, device=hidden.device)
-    packed = None if multiply == accumulate else torch.empty(rows * columns, dtype=multiply, device=hidden.device)
-    return _Plan(
-        rows=rows,
-        columns=columns,
-        rounded=dtype,
-        multiply=multiply,
-        accumulate=accumulate,
-        margin=8.0 if multiply == torch.float16 else 60.0,  # float16 overflows at exp(11), the others at exp(88)
-        buffer=buffer,
-        packed=packed,
-    )
+    def _slab_sum(self, whole: Tensor, slab: Slab) -> Tensor:
+        """Zeros for the slab: in place where the gradient is kept in the accumulation dtype anyway."""
+        part = whole[slab.first : slab.last]
+        return part.zero_() if part.dtype == self.plan.accumulate else self._zeros_like(part)
+
+    def _zeros_like(self, tensor: Tensor) -> Tensor:
+        return torch.zeros(tensor.shape, dtype=self.plan.accumulate, device=tensor.device)
+
+    @staticmethod
+    def _empty_like(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _fold_vocabulary(
-    rows: Tensor, head: Head, labels: Tensor, plan: _Plan, passes: TilePasses, weighted: Tensor | None
-) -> RowStatistics:
-    """One row tile against the whole vocabulary; sums `E W` into `weighted` (R, D) if that is given."""
-    z_label, slope = label_logits(
-        rows.to(plan.accumulate), head, plan.label_rows(head, labels), plan.label_bias(head, labels)
-    )
+    rows: Rows,
+    head: Head,
+    plan: Plan,
+    passes: TilePasses,
+    weighted: Tensor | None,
+    lora_weighted: Tensor | None,
+    *,
+    with_extras: bool,
+) -> Scored:
+    """One row tile against the whole vocabulary; sums `E W` into `weighted` (R, D) and `E B` into `lora_weighted`."""
+    z_label, slope = _label_logits(rows, head, plan)
     constants = torch.where(z_label.isfinite(), z_label, float("-inf"))
     sums = torch.zeros_like(z_label)
-    for first, _, slab, bias in plan.slabs(head):
-        tile, out = plan.tile(rows, slab)
-        rescale = passes.forward(
-            tile, labels, constants, sums, first,
-            bias=bias, logit_scale=head.logit_scale, softcap=head.softcap, margin=plan.margin,
-            out=None if weighted is None else out,
-        )  # fmt: skip
-        if weighted is not None:
-            if not _is_one_everywhere(rescale):
-                weighted *= rescale[:, None]
-            plan.multiply_into(weighted, out, slab)
+    moments = new_moments(constants) if with_extras else None
+    margin = min(plan.margin, _MARGIN_OF_SQUARES) if with_extras else plan.margin
+    how = {"logit_scale": head.logit_scale, "softcap": head.softcap, "margin": margin}
+    fused = passes.product if weighted is not None and lora_weighted is None and not with_extras else None
+    for slab in plan.slabs(head):
+        if fused is not None:
+            out = plan.out((rows.count, slab.last - slab.first))
+            rescale = fused(
+                rows.hidden, slab.weight, rows.labels, constants, sums, slab.first, bias=slab.bias, out=out, **how
+            )
+        else:
+            tile, out = plan.tile(rows, slab)
+            extra = {} if moments is None else {"moments": moments}
+            rescale = passes.forward(
+                tile, rows.labels, constants, sums, slab.first,
+                bias=slab.bias, out=None if weighted is None else out, **how, **extra,
+            )  # fmt: skip
+        for accumulator, right in ((weighted, slab.weight), (lora_weighted, slab.lora_weight)):
+            if accumulator is not None and right is not None:
+                if not _is_one_everywhere(rescale):
+                    accumulator *= rescale[:, None]
+                plan.add_product(accumulator, out, right)
         del slab  # a copy of it must not live on while the next is made
-    return RowStatistics(constants=constants, sums=sums, label_logits=z_label, label_slopes=slope)
+    stats = RowStatistics(constants=constants, sums=sums, label_logits=z_label, label_slopes=slope)
+    return Scored(stats=stats, extras=None if moments is None else extras_from_moments(stats, moments))
+
+
+def _label_logits(rows: Rows, head: Head, plan: Plan) -> tuple[Tensor, Tensor]:
+    """`z[i, labels[i]]` by one dot product a row, and the slope of the softcap there, both (R,)."""
+    at_label, lora_at_label, bias = plan.at_labels(head, rows.labels)
+    x = torch.linalg.vecdot(rows.hidden.to(plan.accumulate), at_label)
+    if rows.lora_hidden is not None and lora_at_label is not None:
+        x += torch.linalg.vecdot(rows.lora_hidden.to(plan.accumulate), lora_at_label)
+    if bias is not None:
+        x += bias
+    return capped(x * head.logit_scale, head.softcap)
 
 
 def _is_one_everywhere(rescale: Tensor) -> bool:
@@ -289,26 +284,11 @@ def _is_one_everywhere(rescale: Tensor) -> bool:
     return rescale.device.type == "cpu" and bool((rescale == 1.0).all())
 
 
-def _join(parts: list[RowStatistics], n: int, plan: _Plan) -> RowStatistics:
-    """The statistics of all row tiles, padding rows cut off."""
-
-    def joined(name: str) -> Tensor:
-        columns = [getattr(part, name) for part in parts]
-        return torch.cat(columns)[:n] if columns else plan.buffer.new_empty(0)
-
-    return RowStatistics(
-        constants=joined("constants"),
-        sums=joined("sums"),
-        label_logits=joined("label_logits"),
-        label_slopes=joined("label_slopes"),
-    )
-
-
-@cache
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions that torch uses; without them float32 is 8 to 80 times faster."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    # oneDNN also says yes where it emulates them on AVX-512.
-    instructions = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return instructions.get("architecture") != "x86_64" or any(instructions.get(n) for n in ("avx512_bf16", "amx_bf16"))
+def _joined(folded: list[tuple[slice, Scored]], plan: Plan, with_extras: bool) -> Scored:
+    """All row tiles end to end, padding rows cut off."""
+    if not folded:
+        empty = plan.buffer.new_empty(4, 0)
+        return Scored(stats=RowStatistics.unstacked(empty), extras=empty[:3] if with_extras else None)
+    stacked = [part.stats.stacked()[:, : span.stop - span.start] for span, part in folded]
+    extras = [part.extras[:, : span.stop - span.start] for span, part in folded if part.extras is not None]
+    return Scored(stats=RowStatistics.unstacked(torch.cat(stacked, 1)), extras=torch.cat(extras, 1) if extras else None)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_engine.ops import linear_logps, tiled
+from dpo_engine.ops import linear_logps, plan
 from support.head_distributions import normal
 from support.oracle import Case, computed
 
@@ -57,8 +57,8 @@ def logps_of(case: Case, **changed: object) -> Tensor:
 @contextmanager
 def tiles_of(rows: int, columns: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiled._TILE_ROWS, "cpu", rows)
-        patch.setitem(tiled._TILE_COLUMNS, "cpu", columns)
+        patch.setitem(plan.TILE_ROWS, "cpu", rows)
+        patch.setitem(plan.TILE_COLUMNS, "cpu", columns)
         yield
 
 
@@ -185,7 +185,7 @@ def test_probabilities_of_all_words_sum_to_one(case: Case) -> None:
 def test_no_log_prob_is_positive(case: Case, dtype: torch.dtype) -> None:
     case = case.to(dtype)
     logps = logps_of(case)
-    assert bool((logps <= (0 if not tiled.cpu_multiplies_bfloat16() else case.bound())).all())
+    assert bool((logps <= (0 if not plan.cpu_multiplies_bfloat16() else case.bound())).all())
 
 
 @small

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_engine.ops import linear_logps, tiled
+from dpo_engine.ops import linear_logps, plan
 from support.head_distributions import DISTRIBUTIONS, gap, randn, with_bias
 from support.oracle import (
     Answer,
@@ -37,7 +37,7 @@ def solved(name: str, dtype: str) -> tuple[Case, Answer, Answer, torch.Tensor]:
 
 def may_round_logits(case: Case) -> bool:
     """Whether the GEMM of the tiled path can only return bfloat16, here and for this dtype."""
-    return case.hidden.dtype == torch.bfloat16 and tiled.cpu_multiplies_bfloat16()
+    return case.hidden.dtype == torch.bfloat16 and plan.cpu_multiplies_bfloat16()
 
 
 def assert_right(ours: Answer, case: Case, exact: Answer, unfused: Answer, bound: torch.Tensor) -> None:
@@ -68,8 +68,8 @@ def test_tiled_agrees_with_float64_where_nothing_takes_a_gradient(name: str, dty
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("name", [name for name in DISTRIBUTIONS if name not in LARGE])
 def test_many_small_tiles_agree_with_float64(name: str, trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiled._TILE_ROWS, "cpu", 16)
-    monkeypatch.setitem(tiled._TILE_COLUMNS, "cpu", 96)
+    monkeypatch.setitem(plan.TILE_ROWS, "cpu", 16)
+    monkeypatch.setitem(plan.TILE_COLUMNS, "cpu", 96)
     case, *solution = solved(name, "float32")
     assert_right(computed(case, trains=trains), case, *solution)
 
@@ -82,9 +82,9 @@ def test_bfloat16_products_cost_no_more_than_plain_torchs_error(
     name: str, trains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The branch for a CPU with bfloat16 instructions, on any CPU: only a logit may lose digits, by rounding once."""
-    monkeypatch.setattr(tiled, "cpu_multiplies_bfloat16", lambda: True)
-    monkeypatch.setitem(tiled._TILE_ROWS, "cpu", 16)
-    monkeypatch.setitem(tiled._TILE_COLUMNS, "cpu", 64)
+    monkeypatch.setattr(plan, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setitem(plan.TILE_ROWS, "cpu", 16)
+    monkeypatch.setitem(plan.TILE_COLUMNS, "cpu", 64)
     case, *solution = solved(name, "bfloat16")
     assert may_round_logits(case)
     assert_right(computed(case, trains=trains), case, *solution)
@@ -117,8 +117,8 @@ def test_float64_stays_float64(name: str, backend: str) -> None:
 def test_gradients_are_those_of_finite_differences(
     head: dict[str, float], biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tiled._TILE_ROWS, "cpu", 16)
-    monkeypatch.setitem(tiled._TILE_COLUMNS, "cpu", 8)
+    monkeypatch.setitem(plan.TILE_ROWS, "cpu", 16)
+    monkeypatch.setitem(plan.TILE_COLUMNS, "cpu", 8)
     case = (with_bias if biased else randn)(n=17, d=2, v=11, **head).to(torch.float64)
 
     def trainable(hidden: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:

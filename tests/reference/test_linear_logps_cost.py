@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_engine.ops import linear_logps, tiled
+from dpo_engine.ops import linear_logps, plan
 from support.call_cost import PeakBytes, Products
 
 N, D, V = 1040, 16, 9000  # three row tiles, three slabs; a multiple of 16 rows, so that nothing is padded
@@ -108,14 +108,14 @@ def test_a_softcap_adds_its_slope() -> None:
 
 @pytest.mark.parametrize("trains", ["h", "hw"])
 def test_bfloat16_adds_a_slab_at_most(trains: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(plan, "cpu_multiplies_bfloat16", lambda: False)
     results = 4 * (2048 + V) * D * 4
     assert peak(trains, "tiled", torch.bfloat16) < 1.2 * TILE + 4096 * D * 4 + results
 
 
 def test_a_float32_copy_of_the_weight_is_never_larger_than_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
     """At D=2048 a slab of 4096 columns would be 32 MiB; it is cut to 24."""
-    monkeypatch.setattr(tiled, "cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(plan, "cpu_multiplies_bfloat16", lambda: False)
     hidden = torch.randn(16, 2048).bfloat16()
     weight = torch.zeros(6000, 2048, dtype=torch.bfloat16)
     with PeakBytes() as seen:

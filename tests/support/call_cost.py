@@ -1,7 +1,8 @@
 """What does a call of torch code cost: which matrix products, and how many bytes at its peak?
 
-Both watch every operation that torch dispatches, backward too, so they count the same on any machine. What a library
-allocates inside one operation is not seen.
+Both watch every operation that torch dispatches, backward too, so they count the same on any machine; the engine's own
+registered operators are opened, and what is inside them is counted. What a library allocates inside one operation is
+not seen.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dpo_engine.ops import registered
+
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+
+
+def call_opened(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """`func(*args)`, the inside of the engine's own operators under `mode` too."""
+    if func.namespace != "dpo_engine":
+        return func(*args, **kwargs)
+    inside = {"linear_logps": registered._forward, "linear_logps_backward": registered._backward}
+    with mode:
+        return inside[func.overloadpacket.__name__](*args, **kwargs)
 
 
 class Products(TorchDispatchMode):
@@ -27,7 +39,7 @@ class Products(TorchDispatchMode):
         if func.overloadpacket.__name__ in _PRODUCTS:
             left, right = [a for a in args if isinstance(a, torch.Tensor)][-2:]
             self.flops += 2 * left.numel() * right.shape[-1]
-        return func(*args, **(kwargs or {}))
+        return call_opened(self, func, args, kwargs or {})
 
 
 class PeakBytes(TorchDispatchMode):
@@ -43,7 +55,7 @@ class PeakBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         for leaf in tree_leaves((args, kwargs)):
             self._see(leaf, made_here=False)
-        result = func(*args, **kwargs)
+        result = call_opened(self, func, args, kwargs)
         for leaf in tree_leaves(result):
             self._see(leaf, made_here=True)
         return result

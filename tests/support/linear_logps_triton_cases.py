@@ -8,14 +8,13 @@ root:
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dpo_engine.ops import linear_logps, tiled
+from dpo_engine.ops import linear_logps, passes, plan
 from support.head_distributions import gap, minus_infinity, randn, rising, strided, with_bias
 from support.interpreted import INTERPRETED
 from support.oracle import (
@@ -53,9 +52,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Products are float32, since the interpreter cuts bfloat16 off when it stores.
     """
-    monkeypatch.setitem(tiled._TILE_ROWS, "cpu", 16)
-    monkeypatch.setitem(tiled._TILE_COLUMNS, "cpu", 64)
-    monkeypatch.setattr(tiled, "cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setitem(plan.TILE_ROWS, "cpu", 16)
+    monkeypatch.setitem(plan.TILE_COLUMNS, "cpu", 64)
+    monkeypatch.setattr(plan, "cpu_multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +64,7 @@ def no_torch_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("plain torch was called in place of a kernel")
 
-    module = importlib.import_module("dpo_engine.ops.linear_logps")  # by this name the package has the function
-    monkeypatch.setattr(module, "TORCH_PASSES", tiled.TilePasses(forward=refuse, backward=refuse))
-    monkeypatch.setattr(module, "logps_only", refuse)
+    monkeypatch.setattr(passes, "TORCH_PASSES", passes.TilePasses(forward=refuse, backward=refuse))
 
 
 @pytest.mark.parametrize("path", ["no gradient", "frozen", "trainable"])

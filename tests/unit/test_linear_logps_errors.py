@@ -45,7 +45,7 @@ REFUSED = [
     ({"bias": torch.ones(5).double()}, r"bias torch\.float64; outside autocast they must have one dtype"),
     ({"hidden": torch.ones(2, 3).long()}, r"hidden torch\.int64.*expected floating-point"),
     ({"weight": torch.ones(5, 3).long()}, r"weight torch\.int64.*expected floating-point"),
-    ({"weight": torch.ones(5, 3, device="meta")}, r"tensors on cpu, meta; expected one device"),
+    ({"weight": torch.ones(5, 3, device="meta")}, r"hidden is on cpu, weight on meta; expected one device"),
     ({"softcap": 0.0}, r"softcap=0\.0; expected a positive number, or None"),
     ({"softcap": -30.0}, r"softcap=-30\.0; expected a positive number"),
     ({"softcap": float("inf")}, r"softcap=inf; expected a positive number"),
@@ -74,14 +74,14 @@ def test_a_label_that_is_ignored_may_be_anything() -> None:
     assert call(labels=torch.tensor([0, 99]), ignore_index=99).tolist()[1] == 0.0
 
 
-def test_only_four_backends_are_known() -> None:
-    assert BACKENDS == ("auto", "reference", "tiled", "triton")
+def test_only_these_backends_are_known() -> None:
+    assert BACKENDS == ("auto", "reference", "tiled", "triton", "triton_epilogue")
 
 
 def test_triton_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else found(name, *a))
-    with pytest.raises(BackendError, match=r'"triton" was asked for, but triton is not installed; use backend="tiled"'):
+    with pytest.raises(BackendError, match=r'"triton" was asked for, but triton is not installed; .* use backend="tiled"'):
         call(backend="triton")
 
 
