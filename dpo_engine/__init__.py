@@ -15,15 +15,25 @@ _HOME = {
     "DPOTrainer": "dpo_engine.train.trainer",
     "PreferenceForest": "dpo_engine.batch",
     "dpo_loss": "dpo_engine.losses",
+    "linear_kl": "dpo_engine.ops",
     "linear_logps": "dpo_engine.ops",
+    "linear_preference_loss": "dpo_engine.ops",
 }
 
-__all__ = ["DPOConfig", "DPOTrainer", "PreferenceForest", "dpo_loss", "linear_logps"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "PreferenceForest",
+    "dpo_loss",
+    "linear_kl",
+    "linear_logps",
+    "linear_preference_loss",
+]
 
 if TYPE_CHECKING:
     from dpo_engine.batch import PreferenceForest
     from dpo_engine.losses import dpo_loss
-    from dpo_engine.ops import linear_logps
+    from dpo_engine.ops import linear_kl, linear_logps, linear_preference_loss
     from dpo_engine.train.config import DPOConfig
     from dpo_engine.train.trainer import DPOTrainer
 

@@ -32,8 +32,8 @@ def linear_logps(
     *,
     temperature: float = 1.0,
     lora: tuple[Tensor, Tensor] | None = None,
-    extras: tuple[()] = (),
-) -> Tensor: ...
+    extras: Sequence[Literal["entropy", "log_sum_squares", "is_top1"]],
+) -> tuple[Tensor, TokenExtras]: ...
 
 
 @overload
@@ -49,8 +49,8 @@ def linear_logps(
     *,
     temperature: float = 1.0,
     lora: tuple[Tensor, Tensor] | None = None,
-    extras: Sequence[Literal["entropy", "log_sum_squares", "is_top1"]],
-) -> tuple[Tensor, TokenExtras]: ...
+    extras: tuple[()] = (),
+) -> Tensor: ...
 
 
 def linear_logps(
@@ -109,13 +109,11 @@ def linear_logps(
 
     Source: derivation in `docs/operator.md`.
     """
-    weight = _gathered(weight)
+    weight = gathered(weight)
     quantised = quantised_weight(weight) if is_quantised(weight) else None
-    head_shape = tuple(weight.shape) if quantised is None else quantised.shape
-    _check_tensors(hidden, weight, head_shape, labels, bias, lora)
-    _check_options(logit_scale, softcap, temperature, backend, extras)
+    head_shape = check_call(hidden, weight, labels, bias, lora, logit_scale, softcap, temperature, backend, extras)
     scale, cap = logit_scale / temperature, None if softcap is None else softcap / temperature
-    dtype = _common_dtype(hidden, None if quantised else weight, bias, lora)
+    dtype = common_dtype(hidden, None if quantised else weight, bias, lora)
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     lora_hidden, lora_weight = (None, None) if lora is None else (lora[0].reshape(-1, lora[0].shape[-1]), lora[1])
     shape = labels.shape
@@ -184,7 +182,7 @@ def _by_definition(
     return logps.new_zeros(rows.count).index_copy(0, index, logps), extras
 
 
-def _gathered(weight: Tensor) -> Tensor:
+def gathered(weight: Any) -> Tensor:
     """A `DTensor` as one whole tensor on every rank; anything else as it is.
 
     Ranks see different rows, so each has a part of the gradient: parts are averaged over the mesh, as FSDP2 averages
@@ -201,7 +199,7 @@ def _gathered(weight: Tensor) -> Tensor:
     return whole
 
 
-def _common_dtype(
+def common_dtype(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None
 ) -> torch.dtype:
     """What everything is rounded to: autocast's dtype, else the one dtype of all (a quantised weight has none)."""
@@ -217,6 +215,25 @@ def _common_dtype(
     return hidden.dtype
 
 
+def check_call(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor] | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str,
+    extras: Sequence[str],
+) -> tuple[int, ...]:
+    """Refuse what does not fit together, by `ValueError`; gives (V, D)."""
+    head_shape = quantised_weight(weight).shape if is_quantised(weight) else tuple(weight.shape)
+    _check_tensors(hidden, weight, head_shape, labels, bias, lora)
+    _check_options(logit_scale, softcap, temperature, backend, extras)
+    return head_shape
+
+
 def _check_tensors(
     hidden: Tensor,
     weight: Tensor,
@@ -230,7 +247,9 @@ def _check_tensors(
     if not fits or hidden.shape[:-1] != labels.shape:
         raise ValueError(f"linear_logps: {shapes} do not fit; expected (..., D), (V, D), (...)")
     if bias is not None and tuple(bias.shape) != (head_shape[0],):
-        raise ValueError(f"linear_logps: bias {tuple(bias.shape)} does not fit weight {tuple(head_shape)}; expected (V,)")
+        raise ValueError(
+            f"linear_logps: bias {tuple(bias.shape)} does not fit weight {tuple(head_shape)}; expected (V,)"
+        )
     others = [("weight", weight), ("labels", labels), ("bias", bias)]
     if lora is not None:
         _check_lora(hidden, head_shape, lora)

@@ -7,7 +7,7 @@ the products too. Plain torch and Triton take the same arguments and give the sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,17 +53,14 @@ def passes_for(
         return TORCH_PASSES
     reason = possible_backends(device, dtype)[backend]
     if reason is not None:
-        raise BackendError(
-            f'linear_logps: backend="{backend}" was asked for, but {reason}; use backend="tiled"'
-        )
-    from dpo_engine.kernels import lse_forward, tile_pass as triton_pass
+        raise BackendError(f'linear_logps: backend="{backend}" was asked for, but {reason}; use backend="tiled"')
+    from dpo_engine.kernels.lse_forward import logps_forward
+    from dpo_engine.kernels.tile_pass import tile_backward as triton_backward
+    from dpo_engine.kernels.tile_pass import tile_pass as triton_pass
 
-    product = None
+    passes = TilePasses(forward=triton_pass, backward=triton_backward, logps=logps_forward)
     if backend == "triton_epilogue":
-        from dpo_engine.kernels.exp_epilogue import product_and_pass as product
-    return TilePasses(
-        forward=triton_pass.tile_pass,
-        backward=triton_pass.tile_backward,
-        product=product,
-        logps=lse_forward.logps_forward,
-    )
+        from dpo_engine.kernels.exp_epilogue import product_and_pass
+
+        passes = replace(passes, product=product_and_pass)
+    return passes

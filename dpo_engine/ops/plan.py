@@ -7,8 +7,8 @@ rows beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Slab:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Tile sizes and dtypes of one call, and the tile itself."""
+    """Tile sizes and dtypes of one call, and the tile itself, made when first used."""
 
     rows: int
     columns: int
@@ -43,8 +43,21 @@ class Plan:
     multiply: torch.dtype  # what the GEMM is given
     accumulate: torch.dtype
     margin: float
-    buffer: Tensor  # one tile in the accumulation dtype
-    packed: Tensor | None  # one tile in the GEMM's dtype, where that is another
+    device: torch.device
+
+    @cached_property
+    def _raw(self) -> Tensor:
+        """One tile in the accumulation dtype."""
+        return torch.empty(self.rows * self.columns, dtype=self.accumulate, device=self.device)
+
+    @cached_property
+    def _packed(self) -> Tensor:
+        """One tile in the GEMM's dtype: the same memory where that is the same dtype."""
+        return self._raw if self.multiply == self.accumulate else torch.empty_like(self._raw, dtype=self.multiply)
+
+    def with_columns(self, columns: int) -> Plan:
+        """The same plan with narrower slabs."""
+        return replace(self, columns=columns)
 
     def row_tiles(self, rows: Rows) -> Iterator[tuple[slice, Rows]]:
         """`(which rows, those rows in the GEMM's dtype)`, the last tile padded with zero rows of label 0.
@@ -97,33 +110,42 @@ class Plan:
             None if head.bias is None else exact(head.bias.index_select(0, labels)),
         )
 
-    def tile(self, rows: Rows, slab: Slab) -> tuple[Tensor, Tensor]:
-        """Raw logits in the accumulation dtype, and where their exponentials go (the same place if that fits)."""
+    def tile(self, rows: Rows, slab: Slab, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Raw logits in the accumulation dtype, and where their exponentials go: the same memory if the dtype is the same.
+
+        Args:
+            out: (R, C) in the GEMM's dtype, to keep the exponentials in; by default the next tile overwrites them.
+        """
         shape = rows.count, slab.last - slab.first
-        tile = self.buffer[: shape[0] * shape[1]].view(shape)
+        out = self.out(shape) if out is None else out
         if self.multiply == self.accumulate:
-            torch.mm(rows.hidden, slab.weight.t(), out=tile)
-        elif tile.is_cuda:
-            torch.mm(rows.hidden, slab.weight.t(), out_dtype=self.accumulate, out=tile)
+            tile = torch.mm(rows.hidden, slab.weight.t(), out=out)
         else:
-            tile.copy_(torch.mm(rows.hidden, slab.weight.t()))  # the CPU's bfloat16 GEMM can only return bfloat16
+            tile = self._raw[: shape[0] * shape[1]].view(shape)
+            if tile.is_cuda:
+                torch.mm(rows.hidden, slab.weight.t(), out_dtype=self.accumulate, out=tile)
+            else:
+                tile.copy_(torch.mm(rows.hidden, slab.weight.t()))  # the CPU's bfloat16 GEMM can only return bfloat16
         if rows.lora_hidden is not None and slab.lora_weight is not None:
             self.add_product(tile, rows.lora_hidden, slab.lora_weight.t())
-        return tile, self.out(shape)
+        return tile, out
 
     def out(self, shape: tuple[int, int]) -> Tensor:
         """Where a tile's exponentials go, in the GEMM's dtype."""
-        buffer = self.buffer if self.packed is None else self.packed
-        return buffer[: shape[0] * shape[1]].view(shape)
+        return self._packed[: shape[0] * shape[1]].view(shape)
 
     def add_product(self, accumulator: Tensor, left: Tensor, right: Tensor) -> None:
         """`accumulator += left @ right` in the accumulation dtype."""
         if self.multiply == self.accumulate:
             accumulator.addmm_(left, right)
-        elif left.is_cuda:
-            accumulator += torch.mm(left, right, out_dtype=self.accumulate)
         else:
-            accumulator += torch.mm(left, right)
+            accumulator += self.product(left, right)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """`left @ right` in the accumulation dtype, where the library can return that."""
+        if left.is_cuda and self.multiply != self.accumulate:
+            return torch.mm(left, right, out_dtype=self.accumulate)
+        return torch.mm(left, right)
 
 
 def make_plan(rows: Rows, head: Head, dtype: torch.dtype) -> Plan:
@@ -141,8 +163,6 @@ def make_plan(rows: Rows, head: Head, dtype: torch.dtype) -> Plan:
     columns = max(1, min(columns, vocabulary))
     height = TILE_ROWS.get(device, TILE_ROWS["cuda"])
     height = max(ROW_MULTIPLE, min(height, -(-rows.count // ROW_MULTIPLE) * ROW_MULTIPLE))
-    buffer = torch.empty(height * columns, dtype=accumulate, device=rows.hidden.device)
-    packed = None if multiply == accumulate else torch.empty_like(buffer, dtype=multiply)
     return Plan(
         rows=height,
         columns=columns,
@@ -150,8 +170,7 @@ def make_plan(rows: Rows, head: Head, dtype: torch.dtype) -> Plan:
         multiply=multiply,
         accumulate=accumulate,
         margin=8.0 if multiply == torch.float16 else 60.0,  # float16 overflows at exp(11), the others at exp(88)
-        buffer=buffer,
-        packed=packed,
+        device=rows.hidden.device,
     )
 
 

@@ -115,9 +115,7 @@ def _score(call: Call, with_extras: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
     as_it_is = head.weight.dtype == call.dtype and rows.lora_hidden is None and not with_extras
     if call.keep == "nothing" and as_it_is and passes.logps is not None:
         bias = None if call.bias is None else call.bias.to(call.dtype)
-        logps = passes.logps(
-            rows.hidden.to(call.dtype), call.weight, rows.labels, bias, call.logit_scale, call.softcap
-        )
+        logps = passes.logps(rows.hidden.to(call.dtype), call.weight, rows.labels, bias, call.logit_scale, call.softcap)
     else:
         if call.keep == "unit":
             scored, units = rows_and_unit(rows, head, call.dtype, passes, with_extras=with_extras)

@@ -49,11 +49,11 @@ def tile_pass(
     Returns:
         (R,) the factor by which a caller must multiply what it summed over earlier tiles; 1 where `c` did not move.
     """
-    x, slope = _logits_in_place(tile, bias, logit_scale, softcap, want_slope=out is not None)
+    x, slope = logits_in_place(tile, bias, logit_scale, softcap, want_slope=out is not None)
     if moments is not None:
         inside = _inside(labels, first_column, x.shape[1])
         moments[3] = torch.where(inside, _at_labels(x, labels, first_column), moments[3])
-    _put_at_labels(x, labels, first_column, float("-inf"))
+    put_at_labels(x, labels, first_column, float("-inf"))
     maxima = x.amax(-1)
     moved = torch.where(maxima - constants > margin, maxima, constants)
     # -inf means that no logit was seen yet: nothing was summed, and exp(-inf - 0) is the zero that is wanted.
@@ -100,18 +100,18 @@ def tile_backward(
             cancellation.
         out: (R, C) in the dtype of the next matrix product, may be `tile` itself.
     """
-    x, slope = _logits_in_place(tile, bias, logit_scale, softcap, want_slope=True)
+    x, slope = logits_in_place(tile, bias, logit_scale, softcap, want_slope=True)
     weights = x.sub_(constants[:, None]).exp_()
     if slope is not None:
         weights.mul_(slope)
     weights.mul_(-row_weights[:, None])
-    _put_at_labels(weights, labels, first_column, label_weights)
+    put_at_labels(weights, labels, first_column, label_weights)
     if out is not weights:
         out.copy_(weights)
 
 
-def _logits_in_place(
-    tile: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, *, want_slope: bool
+def logits_in_place(
+    tile: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, *, want_slope: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Turn raw products into logits; also the slope of the softcap, where there is one and it is wanted."""
     if bias is not None:
@@ -142,7 +142,7 @@ def _sum_of_products(weights: Tensor, shifted: Tensor) -> Tensor:
     return weights.mul_(shifted).masked_fill_(impossible, 0.0).sum(-1)
 
 
-def _put_at_labels(tile: Tensor, labels: Tensor, first_column: int, value: float | Tensor) -> None:
+def put_at_labels(tile: Tensor, labels: Tensor, first_column: int, value: float | Tensor) -> None:
     """`tile[i, labels[i] - first_column] = value[i]` in rows whose label lies in the tile, without a device sync."""
     inside = _inside(labels, first_column, tile.shape[1])
     columns = (labels - first_column).clamp(0, tile.shape[1] - 1)[:, None]

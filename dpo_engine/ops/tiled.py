@@ -198,9 +198,7 @@ class GradientSums:
             weight=self.d_weight,
             bias=self.d_bias,
             lora_hidden=(
-                None
-                if self.d_lora_hidden is None or lora_hidden is None
-                else self.d_lora_hidden.to(lora_hidden.dtype)
+                None if self.d_lora_hidden is None or lora_hidden is None else self.d_lora_hidden.to(lora_hidden.dtype)
             ),
             lora_weight=self.d_lora_weight,
         )
@@ -238,7 +236,7 @@ def _fold_vocabulary(
     with_extras: bool,
 ) -> Scored:
     """One row tile against the whole vocabulary; sums `E W` into `weighted` (R, D) and `E B` into `lora_weighted`."""
-    z_label, slope = _label_logits(rows, head, plan)
+    z_label, slope = label_logits(rows, head, plan)
     constants = torch.where(z_label.isfinite(), z_label, float("-inf"))
     sums = torch.zeros_like(z_label)
     moments = new_moments(constants) if with_extras else None
@@ -260,7 +258,7 @@ def _fold_vocabulary(
             )  # fmt: skip
         for accumulator, right in ((weighted, slab.weight), (lora_weighted, slab.lora_weight)):
             if accumulator is not None and right is not None:
-                if not _is_one_everywhere(rescale):
+                if not is_one_everywhere(rescale):
                     accumulator *= rescale[:, None]
                 plan.add_product(accumulator, out, right)
         del slab  # a copy of it must not live on while the next is made
@@ -268,7 +266,7 @@ def _fold_vocabulary(
     return Scored(stats=stats, extras=None if moments is None else extras_from_moments(stats, moments))
 
 
-def _label_logits(rows: Rows, head: Head, plan: Plan) -> tuple[Tensor, Tensor]:
+def label_logits(rows: Rows, head: Head, plan: Plan) -> tuple[Tensor, Tensor]:
     """`z[i, labels[i]]` by one dot product a row, and the slope of the softcap there, both (R,)."""
     at_label, lora_at_label, bias = plan.at_labels(head, rows.labels)
     x = torch.linalg.vecdot(rows.hidden.to(plan.accumulate), at_label)
@@ -279,7 +277,7 @@ def _label_logits(rows: Rows, head: Head, plan: Plan) -> tuple[Tensor, Tensor]:
     return capped(x * head.logit_scale, head.softcap)
 
 
-def _is_one_everywhere(rescale: Tensor) -> bool:
+def is_one_everywhere(rescale: Tensor) -> bool:
     """Nearly always true. Only a CPU is asked: on a GPU the answer would cost more than the multiplication it saves."""
     return rescale.device.type == "cpu" and bool((rescale == 1.0).all())
 
@@ -287,7 +285,7 @@ def _is_one_everywhere(rescale: Tensor) -> bool:
 def _joined(folded: list[tuple[slice, Scored]], plan: Plan, with_extras: bool) -> Scored:
     """All row tiles end to end, padding rows cut off."""
     if not folded:
-        empty = plan.buffer.new_empty(4, 0)
+        empty = torch.empty(4, 0, dtype=plan.accumulate, device=plan.device)
         return Scored(stats=RowStatistics.unstacked(empty), extras=empty[:3] if with_extras else None)
     stacked = [part.stats.stacked()[:, : span.stop - span.start] for span, part in folded]
     extras = [part.extras[:, : span.stop - span.start] for span, part in folded if part.extras is not None]

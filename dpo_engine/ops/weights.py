@@ -47,7 +47,9 @@ class QuantisedWeight:
     packed: Tensor  # uint8, two numbers a byte; int8 (V, D)
     scales: Tensor  # 4 bits: a number a block, float32, or uint8 if nested; 8 bits: (V,) float32
     block: int = 0  # numbers to a scale
-    nested: tuple[Tensor, ...] = field(default=())  # (code (256,), scales, offset ()) of the scales, where they are quantised too
+    nested: tuple[Tensor, ...] = field(
+        default=()
+    )  # (code (256,), scales, offset ()) of the scales, where they are quantised too
     nested_block: int = 0
     stored: torch.dtype = torch.float32  # what bitsandbytes rounds to
 

@@ -81,7 +81,9 @@ def test_only_these_backends_are_known() -> None:
 def test_triton_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else found(name, *a))
-    with pytest.raises(BackendError, match=r'"triton" was asked for, but triton is not installed; .* use backend="tiled"'):
+    with pytest.raises(
+        BackendError, match=r'"triton" was asked for, but triton is not installed; .* use backend="tiled"'
+    ):
         call(backend="triton")
 
 

@@ -10,12 +10,30 @@ import pytest
 import dpo_engine
 from support.imports import ROOT
 
-PUBLIC = ["DPOConfig", "DPOTrainer", "PreferenceForest", "dpo_loss", "linear_logps"]
+PUBLIC = [
+    "DPOConfig",
+    "DPOTrainer",
+    "PreferenceForest",
+    "dpo_loss",
+    "linear_kl",
+    "linear_logps",
+    "linear_preference_loss",
+]
 
 # Parameters with their defaults, as a caller sees them. Adding one at the end, with a default, breaks nobody.
 SIGNATURES = {
     "linear_logps": (
-        "(hidden, weight, labels, *, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100, backend='auto')"
+        "(hidden, weight, labels, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100, backend='auto', *, "
+        "temperature=1.0, lora=None, extras=())"
+    ),
+    "linear_preference_loss": (
+        "(hidden, weight, labels, lengths, loss, reference_chosen_logps=None, reference_rejected_logps=None, *, "
+        "bias=None, logit_scale=1.0, softcap=None, temperature=1.0, tile_budget=536870912, backend='auto', "
+        "with_logps=False)"
+    ),
+    "linear_kl": (
+        "(hidden, weight, labels, reference_hidden, reference_weight, *, bias=None, reference_bias=None, "
+        "logit_scale=1.0, softcap=None, temperature=1.0, ignore_index=-100)"
     ),
     "dpo_loss": (
         "(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, "
