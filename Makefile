@@ -2,12 +2,15 @@
 #
 # PYTHON=python3.12 make demo     another interpreter for .venv (3.10 to 3.13)
 # make test PYTEST_ARGS='-k head' arguments handed on to pytest
+# make gpu PART=ops              a part of the checks on a card: correctness or ops; default: both
 # pip's own settings (PIP_INDEX_URL, pip.conf, ...) are respected.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+PART ?=
+GPU_ARGS ?=
 
 SETUP_FILES := setup.py pyproject.toml constraints.txt
 RUN_EXTRAS := train,demo,report
@@ -17,7 +20,7 @@ DEV_EXTRAS := $(RUN_EXTRAS),dev
 PIP_INSTALL = quiet=--quiet; [ -t 1 ] && quiet=; $(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format clean
+.PHONY: help demo test test-all gpu lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +33,10 @@ test: $(VENV)/.installed-dev  ## run the tests, without those marked slow or gpu
 
 test-all: $(VENV)/.installed-dev  ## run every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+# For machines that have torch, Triton and pytest already and perhaps no network: nothing is installed, .venv is not used.
+gpu:  ## on a machine with an NVIDIA GPU: its checks and timings, by $(PYTHON) as it is
+	@$(PYTHON) benchmarks/gpu.py $(PART) $(GPU_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

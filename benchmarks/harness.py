@@ -24,7 +24,8 @@ from typing import Any
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets")
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "liger-kernel", "cut-cross-entropy")
+COMMIT_VARIABLE = "DPO_ENGINE_COMMIT"  # says which commit it is where the files came without their history
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "avx10_1", "bf16")  # x86, x86, x86, Arm
 
 
@@ -72,6 +73,7 @@ def time_alternating(
     *,
     rounds: int,
     warmup: int = 1,
+    until: float = float("inf"),
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
@@ -82,16 +84,19 @@ def time_alternating(
             clock has stopped.
         rounds: timed rounds, at least 1.
         warmup: rounds before them that are not kept.
+        until: no round starts after this, by `clock`, unless none was timed yet.
         clock: seconds.
         synchronize: waits until the device has done what it was given.
 
     Returns:
-        A `Timing` of `rounds` numbers for each case.
+        A `Timing` for each case, all of the same number of rounds.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}; expected at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(-warmup, rounds):
+        if number > 0 and clock() > until:
+            break
         order = list(cases) if number % 2 == 0 else list(cases)[::-1]
         for name in order:
             synchronize()
@@ -103,6 +108,45 @@ def time_alternating(
             if number >= 0:
                 seconds[name].append(end - begin)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def first_calls(
+    cases: Mapping[str, Callable[[int], object]],
+    *,
+    limit_s: float,
+    catch: tuple[type[Exception], ...],
+    clock: Callable[[], float] = time.perf_counter,
+    synchronize: Callable[[], object] = lambda: None,
+) -> dict[str, str]:
+    """Call every case once, as the warm-up and to learn which of them can take part in the rounds.
+
+    Args:
+        limit_s: a case whose call took longer is not measured; nothing is put in its figure's place.
+        catch: what a case may raise without stopping the others.
+
+    Returns:
+        Name -> why not, of those that cannot.
+    """
+    dropped = {}
+    for name, run in cases.items():
+        synchronize()
+        begin = clock()
+        try:
+            run(0)
+            synchronize()
+        except catch as error:
+            dropped[name] = f"failed: {one_line(error)}"
+            continue
+        seconds = clock() - begin
+        if seconds > limit_s:
+            dropped[name] = f"not measured: one call took {seconds:.0f} s"
+    return dropped
+
+
+def one_line(error: BaseException, width: int = 160) -> str:
+    """What went wrong, on one line that is not too long for a table."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 # ---- memory ----
@@ -198,7 +242,7 @@ def describe_machine(accelerator: str | None = None) -> dict[str, Any]:
     """What a figure needs beside it to mean anything.
 
     Args:
-        accelerator: the GPU's name, where one was used.
+        accelerator: the GPU's name, where one was used: then its driver and clocks are part of the answer.
     """
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     flags = set(_cpuinfo_field(cpuinfo, "flags", "Features").split())
@@ -208,11 +252,28 @@ def describe_machine(accelerator: str | None = None) -> dict[str, Any]:
         "cpu_bf16_instructions": bool(flags.intersection(_BF16_FLAGS)),
         "cpu_vector": next((name for name in ("avx512f", "avx2", "asimd") if name in flags), "unknown"),
         "accelerator": accelerator,
+        "gpu": describe_gpu() if accelerator else None,
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def describe_gpu() -> dict[str, str] | None:
+    """Driver, memory, clocks (MHz), power (W) and temperature of the first GPU as they are now; None where
+    `nvidia-smi` does not answer.
+    """
+    asked = (
+        "driver_version memory.total clocks.sm clocks.mem clocks.max.sm power.limit power.draw temperature.gpu".split()
+    )
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in done.stdout.strip().splitlines()[0].split(",")]
+    return dict(zip(asked, values, strict=False))
 
 
 def _cpuinfo_field(cpuinfo: str, *names: str) -> str:
@@ -231,7 +292,10 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of this checkout, with `-dirty` where tracked files differ from it; `unknown` outside one."""
+    """The commit of this checkout, with `-dirty` where tracked files differ from it.
+
+    Where the files lie outside a checkout: what the environment says in `DPO_ENGINE_COMMIT`, or `unknown`.
+    """
     try:
         named = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         changed = subprocess.run(
@@ -242,7 +306,7 @@ def commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT_VARIABLE, "unknown")
     return named.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 

@@ -37,11 +37,18 @@ class Case:
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
-    def to(self, dtype: torch.dtype) -> Case:
-        """The same case, rounded; with the strides that it had."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, hidden=_rounded(self.hidden, dtype), weight=_rounded(self.weight, dtype), bias=bias)
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Case:
+        """The same case, rounded, on `device`; with the strides that it had."""
+        return replace(
+            self,
+            hidden=_rounded(self.hidden, dtype, device),
+            weight=_rounded(self.weight, dtype, device),
+            labels=self.labels.to(device),
+            upstream=self.upstream.to(device),
+            bias=None if self.bias is None else self.bias.to(device, dtype),
+        )
 
     def rows(self, index: Tensor | slice) -> Case:
         return replace(self, hidden=self.hidden[index], labels=self.labels[index], upstream=self.upstream[index])
@@ -49,15 +56,16 @@ class Case:
     @property
     def head(self) -> dict[str, object]:
         """The keyword arguments of `linear_logps` that say what the head is."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        head = {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        return {**head, "temperature": self.temperature}
 
     def bound(self) -> Tensor:
         """`b_i`, (N,) float64."""
-        return row_bound(self.hidden, self.weight, self.bias, self.logit_scale)
+        return row_bound(self.hidden, self.weight, self.bias, self.logit_scale / self.temperature)
 
 
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype).copy_(tensor)
+def _rounded(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device).copy_(tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +93,7 @@ def truth(case: Case) -> Answer:
     z, slope = x, torch.ones(())
     if case.softcap is not None:
         z, slope = case.softcap * torch.tanh(x / case.softcap), torch.cosh(x / case.softcap) ** -2
+    z, slope = z / case.temperature, slope / case.temperature
     others = z.scatter(1, at_label, float("-inf")).logsumexp(1) - z.gather(1, at_label).squeeze(1)
     logps = -(others.clamp(min=0) + (-others.abs()).exp().log1p())
     d_z = -torch.exp(z - z.logsumexp(1, keepdim=True))
@@ -100,7 +109,7 @@ def plain(case: Case) -> Answer:
     z = torch.nn.functional.linear(hidden, weight, bias).float() * case.logit_scale
     if case.softcap is not None:
         z = case.softcap * torch.tanh(z / case.softcap)
-    logps = z.log_softmax(-1).gather(-1, case.labels[:, None]).squeeze(-1)
+    logps = (z / case.temperature).log_softmax(-1).gather(-1, case.labels[:, None]).squeeze(-1)
     logps.backward(case.upstream)
     return Answer(logps=logps.detach(), d_hidden=hidden.grad, d_weight=weight.grad, d_bias=_grad(bias))
 

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.benchmark_scripts import load
+from support.imports import ROOT
+
 NOON = datetime(2026, 11, 21, 12, tzinfo=timezone.utc)
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-harness = _load("harness")
+harness = load("harness")
 
 
 class Clock:
@@ -89,6 +82,53 @@ def test_a_round_that_is_slow_for_all_does_not_move_the_ratio() -> None:
     assert timings["ours"].p80 > 3.0
 
 
+def test_no_round_starts_after_its_time_but_one_is_always_timed() -> None:
+    clock = Clock()
+    cases = {"a": clock.case("a", lambda _: 10.0)}
+    timings = harness.time_alternating(cases, rounds=9, warmup=1, until=25.0, clock=clock)
+    assert timings["a"].seconds == (10.0, 10.0)
+    timings = harness.time_alternating(cases, rounds=9, warmup=0, until=0.0, clock=clock)
+    assert timings["a"].seconds == (10.0,)
+
+
+def test_a_case_that_raises_or_takes_too_long_is_left_out_with_the_reason() -> None:
+    clock = Clock()
+
+    def broken(_: int) -> None:
+        raise ValueError("no\nsuch thing")
+
+    cases = {"quick": clock.case("quick", lambda _: 1.0), "slow": clock.case("slow", lambda _: 130.0), "broken": broken}
+    dropped = harness.first_calls(cases, limit_s=60, catch=(ValueError,), clock=clock)
+    assert dropped == {
+        "slow": "not measured: one call took 130 s",
+        "broken": "failed: ValueError: no such thing",
+    }
+
+
+def test_what_the_device_raises_later_is_the_fault_of_the_call_before() -> None:
+    owed = [False]
+
+    def launch(_: int) -> None:
+        owed[0] = True
+
+    def synchronize() -> None:
+        if owed[0]:
+            owed[0] = False
+            raise RuntimeError("illegal address")
+
+    cases = {"bad": launch, "good": lambda _: None}
+    dropped = harness.first_calls(cases, limit_s=60, catch=(RuntimeError,), synchronize=synchronize)
+    assert dropped == {"bad": "failed: RuntimeError: illegal address"}
+
+
+def test_a_fault_that_nobody_expects_stops_the_benchmark() -> None:
+    def broken(_: int) -> None:
+        raise KeyError("a slip of ours")
+
+    with pytest.raises(KeyError):
+        harness.first_calls({"broken": broken}, limit_s=60, catch=(ValueError,))
+
+
 def test_no_rounds_are_refused() -> None:
     with pytest.raises(ValueError, match="rounds=0"):
         harness.time_alternating({"a": lambda _: None}, rounds=0)
@@ -128,6 +168,30 @@ def test_a_record_says_where_and_when_it_was_taken(tmp_path: Path) -> None:
     assert first["machine"]["cores"] >= 1
     assert first["machine"]["cpu_bf16_instructions"] in (True, False)
     assert first["machine"]["packages"]["torch"]
+
+
+def test_a_gpu_comes_with_its_driver_and_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '580.1, 143771, 345, 3201, 1980, 700.00, 76.12, 31'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    machine = harness.describe_machine("NVIDIA X100")
+    assert machine["gpu"]["driver_version"] == "580.1"
+    assert machine["gpu"]["clocks.max.sm"] == "1980"
+    assert harness.describe_machine()["gpu"] is None
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert harness.describe_machine("NVIDIA X100")["gpu"] is None
+
+
+def test_files_without_their_history_may_be_told_their_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_git(*args: object, **kwargs: object) -> None:
+        raise subprocess.CalledProcessError(128, "git")
+
+    monkeypatch.setattr(harness.subprocess, "run", no_git)
+    monkeypatch.delenv(harness.COMMIT_VARIABLE, raising=False)
+    assert harness.commit() == "unknown"
+    monkeypatch.setenv(harness.COMMIT_VARIABLE, "abc123")
+    assert harness.commit() == "abc123"
 
 
 def test_a_figure_that_is_not_a_number_is_not_written(tmp_path: Path) -> None:
