@@ -39,11 +39,11 @@ def add_lora(
         model: a causal language model; its weights are frozen and keep their dtype.
         r: rank, at least 1.
         alpha: numerator of the scale `alpha / r`.
-        target_modules: names of linear layers (`q_proj`, ...), or "all-linear" for every one but the head.
+        target_modules: names of linear layers (`q_proj`, ..., `lm_head`), or "all-linear" for every one but the head.
         dropout: probability in [0, 1).
 
     Raises:
-        ConfigError: a value out of range, a layer that the model does not have, or the head.
+        ConfigError: a value out of range, a layer that the model does not have, or a head that is tied to the embeddings.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -69,13 +69,13 @@ def _checked_targets(model: PreTrainedModel, target_modules: str | Sequence[str]
         raise ConfigError(f"lora_target_modules is empty; expected names of layers, or {ALL_LINEAR!r}")
     for name in names:
         hit = [module for path, module in found.items() if path == name or path.endswith(f".{name}")]
-        if any(module is head for module in hit):
+        if any(module is head for module in hit) and head.weight is model.get_input_embeddings().weight:
             raise ConfigError(
-                f"lora_target_modules names the head ({name!r}); LoRA on the head is not supported yet (a later release will): "
-                "leave it out"
+                f"lora_target_modules names the head ({name!r}), and this model's head is tied to its input embeddings: merging "
+                "such an adapter would change both, and the merged model would be another one; leave the head out"
             )
         if not hit:
-            known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path, module in found.items() if module is not head}))
+            known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in found}))
             raise ConfigError(
                 f"lora_target_modules names {name!r}, which is no linear layer of this model; it has {known}"
             )

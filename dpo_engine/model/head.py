@@ -2,19 +2,21 @@
 
     logits = softcap(logit_scale * (hidden @ weight.T + bias))        softcap(x) = softcap * tanh(x / softcap)
 
-The weight and the bias are the model's output embeddings. The scale and the softcap are read from its config, under the names
-that transformers' causal models give them. Reading can be wrong (a new model, a new name), so `probe` checks it against the
-model's own logits.
+The weight and the bias are the model's output embeddings, and LoRA on them adds to the products. The scale and the softcap
+are read from its config, under the names that transformers' causal models give them. Reading can be wrong (a new model, a
+new name), so `probe` checks it against the model's own logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from dpo_engine.errors import ModelError
+from dpo_engine.ops.weights import is_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -79,24 +81,124 @@ def _positive(config: PreTrainedConfig, name: str, value: object) -> float:
     return float(value)
 
 
-def head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """`(weight (V, D), bias (V,) or None)` of the model's output embeddings: the parameters themselves, not copies.
+@dataclass(frozen=True)
+class LoraBranch:
+    """One active LoRA adapter on the head: adds `scaling * B(A(dropout(hidden)))` to the products."""
+
+    a: nn.Module  # (D) -> (r)
+    b: nn.Module  # (r) -> (V)
+    dropout: nn.Module
+    scaling: float
+
+
+@dataclass(frozen=True)
+class ModelHead:
+    """A model's output embeddings: the parameters themselves, not copies."""
+
+    weight: Tensor
+    """(V, D); or as bitsandbytes packs it."""
+    bias: Tensor | None
+    """(V,)."""
+    shape: tuple[int, int]
+    """(V, D)."""
+    branches: tuple[LoraBranch, ...] = ()
+    """The adapters that are on."""
+
+    @property
+    def is_quantised(self) -> bool:
+        return is_quantised(self.weight)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weight or the bias takes a gradient; adapters do not count."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def lora(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `linear_logps` adds: `(scaling * A(dropout(hidden)), B)`, adapters side by side; None without any.
+
+        Args:
+            hidden: (N, D).
+
+        Returns:
+            (N, r) and (V, r), r over all adapters; in the dtype of `hidden`, or under autocast in that of A's product.
+        """
+        if not self.branches:
+            return None
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        inner: list[Tensor] = []
+        outer: list[Tensor] = []
+        for branch in self.branches:
+            weight: Any = branch.b.weight
+            # As PEFT does: the adapter's own dtype, unless autocast chooses.
+            product = branch.a(branch.dropout(hidden.to(weight.dtype))) * branch.scaling
+            inner.append(product if autocast else product.to(hidden.dtype))
+            outer.append(weight if autocast else weight.to(hidden.dtype))
+        return torch.cat(inner, -1), torch.cat(outer, -1)
+
+
+def head_of(model: PreTrainedModel) -> ModelHead:
+    """The model's output embeddings as they are now: with the adapters that are active, without those that are disabled.
 
     Raises:
-        ModelError: the output embeddings are not a plain linear layer (adapters on the head, a quantised head, several heads).
+        ModelError: the output embeddings are not a linear layer (several heads, an adapter other than LoRA).
     """
-    head = model.get_output_embeddings()
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+    layer: Any = model.get_output_embeddings()
+    branches: tuple[LoraBranch, ...] = ()
+    if hasattr(layer, "original_module"):
+        layer = _trained_copy(model, layer)
+    if hasattr(layer, "base_layer"):
+        branches = _branches(model, layer)
+        layer = layer.base_layer
+    weight: Any = getattr(layer, "weight", None)
+    if isinstance(layer, nn.Linear) and weight is not None:
+        state: Any = getattr(layer, "state", None)
+        if state is not None and getattr(weight, "SCB", None) is None:
+            weight.SCB = state.SCB  # the first forward of an 8-bit layer moves its scales from the weight to there
+        if is_quantised(weight):
+            return ModelHead(weight, layer.bias, (layer.out_features, layer.in_features), branches)
+        if weight.ndim == 2 and weight.is_floating_point():
+            return ModelHead(weight, layer.bias, (weight.shape[0], weight.shape[1]), branches)
+    given = "nothing" if layer is None else type(layer).__name__
+    kind = "" if weight is None else f" with a weight of {weight.dtype} {tuple(weight.shape)}"
+    raise ModelError(
+        f"{type(model).__name__}: its head is {given}{kind}; expected torch.nn.Linear with a floating-point (V, D) weight, "
+        "or one that bitsandbytes quantised: use a model with such a head"
+    )
+
+
+def _trained_copy(model: PreTrainedModel, wrapper: Any) -> Any:
+    """The copy that PEFT's `modules_to_save` trains in place of the head; the head itself where adapters are off."""
+    if not hasattr(wrapper, "modules_to_save"):
         raise ModelError(
-            f"{type(model).__name__}: its head carries an adapter ({type(head).__name__}); "
-            "adapters on the head are not supported yet: leave lm_head out of target_modules and modules_to_save"
+            f"{type(model).__name__}: its head is wrapped in a {type(wrapper).__name__}, which the engine cannot follow; "
+            "leave the head out of trainable_token_indices"
         )
-    weight = getattr(head, "weight", None)
-    if not isinstance(head, nn.Linear) or weight is None or weight.ndim != 2 or not weight.is_floating_point():
-        given = "nothing" if head is None else type(head).__name__
-        kind = "" if weight is None else f" with a weight of {weight.dtype} {tuple(weight.shape)}"
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return wrapper.original_module
+    return wrapper.modules_to_save[wrapper.active_adapters[0]]
+
+
+def _branches(model: PreTrainedModel, layer: Any) -> tuple[LoraBranch, ...]:
+    """The adapters of a PEFT layer that add to the products of its base layer."""
+    if not hasattr(layer, "lora_A"):
         raise ModelError(
-            f"{type(model).__name__}: its head is {given}{kind}; expected torch.nn.Linear with a floating-point (V, D) weight: "
-            "use a model with a plain, unquantised head"
+            f"{type(model).__name__}: its head carries an adapter of another kind than LoRA "
+            f"({type(layer).__module__.split('.')[-2]}); leave lm_head out of its target_modules"
         )
-    return weight, head.bias
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as the layer's own forward does
+    if layer.disable_adapters or layer.merged:
+        return ()
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in names:
+        variant = layer.lora_variant.get(name)
+        special = "lora_bias" if layer.lora_bias.get(name) else None if variant is None else type(variant).__name__
+        if special:
+            raise ModelError(
+                f"{type(model).__name__}: the adapter {name!r} on its head is not plain LoRA ({special}): it does more than "
+                "add B A x to the products, which the engine cannot follow; leave lm_head out of its target_modules"
+            )
+    return tuple(
+        LoraBranch(layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], float(layer.scaling[name]))
+        for name in names
+    )

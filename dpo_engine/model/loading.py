@@ -20,7 +20,7 @@ import torch
 
 from dpo_engine.errors import ConfigError, ModelError
 from dpo_engine.model.smollm2 import smollm2_folder
-from dpo_engine.ops.tiled import cpu_multiplies_bfloat16
+from dpo_engine.ops.plan import cpu_multiplies_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

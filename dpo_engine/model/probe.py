@@ -3,8 +3,8 @@
 Its config is only read; the model itself is asked. Three questions, on a few tokens, in eval mode, without gradients:
 
     the head      known hidden states, spread so that logits reach from 0.1 to 300, are put in the place of the decoder's
-                  output, and the model's own logits are compared with softcap(scale * (hidden @ weight.T + bias)): so a
-                  scale, a softcap or a bias that was misread shows even on a model with random weights
+                  output, and the model's own logits are compared with softcap(scale * (hidden @ weight.T + bias)), adapters
+                  on the head included: so a scale, a softcap or a bias that was misread shows even with random weights
     the scores    token_logps of the scoring forward against the log-softmax of the model's own logits
     the order     logits must not depend on tokens that come later
 """
@@ -20,15 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from dpo_engine.errors import ModelError
-from dpo_engine.model.head import HeadTransform, head_of, read_head_transform
+from dpo_engine.model.head import HeadTransform, ModelHead, head_of, read_head_transform
 from dpo_engine.model.scoring import bind_scoring, decoder_of, is_bound, unbind_scoring
+from dpo_engine.ops.weights import quantised_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # How far a number may be off, in units of 1 + the largest logit beside it. Eight roundings; float32 allows for reordered sums.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 8 * 2.0**-8, torch.float16: 8 * 2.0**-11, torch.float64: 1e-9}
+# bitsandbytes' 8-bit product rounds the hidden states to 8 bits as well, which the engine does not: the probe can tell a
+# wrong scale from that, but nothing finer.
+EIGHT_BITS = 0.05
 LARGEST_LOGITS = (0.1, 1.0, 10.0, 30.0, 100.0, 300.0)  # one probed row each
+_SLAB = 4096
 LENGTH, SHARED = 12, 8  # tokens of a probe sequence, and how many of them the two sequences share
 
 
@@ -61,10 +66,9 @@ def probe_head(model: PreTrainedModel) -> None:
 
 def _probe_transform(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Hidden states of our choosing in, logits out."""
-    weight, bias = head_of(model)
     transform = read_head_transform(model.config)
     for decoder in (decoder_of(model), model.get_decoder()):  # OPT goes past the former, straight to the latter
-        with _decoder_output_replaced(decoder, weight) as injected:
+        with _decoder_output_replaced(decoder, head_of(model)) as injected:
             given = _own_logits(model, input_ids)[0]  # (LENGTH, V)
         if injected:
             break
@@ -72,8 +76,7 @@ def _probe_transform(model: PreTrainedModel, input_ids: Tensor) -> None:
         raise ModelError(
             f"{_name(model)} does not take its hidden states from {type(decoder_of(model)).__name__}, so the engine cannot; refused"
         )
-    hidden = injected[0].to(weight.dtype)  # (LENGTH, D)
-    expected = _transformed(nn.functional.linear(hidden, weight, bias), transform)
+    expected = _transformed(_products(head_of(model), injected[0], with_adapters=True), transform)
     if given.shape != expected.shape:
         raise ModelError(
             f"{_name(model)} returns {given.shape[-1]} logits from a head of {expected.shape[-1]} rows: "
@@ -87,16 +90,16 @@ def _probe_transform(model: PreTrainedModel, input_ids: Tensor) -> None:
 
 
 @contextmanager
-def _decoder_output_replaced(decoder: nn.Module, weight: Tensor) -> Iterator[list[Tensor]]:
+def _decoder_output_replaced(decoder: nn.Module, head: ModelHead) -> Iterator[list[Tensor]]:
     """Within, the decoder returns random directions scaled to the `LARGEST_LOGITS` in turn; the list holds them, (L, D)."""
     injected: list[Tensor] = []
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0]  # (1, L, D)
         generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(hidden.shape[1:], generator=generator).to(weight)
+        rows = torch.randn(hidden.shape[1:], generator=generator).to(hidden.device, _dtype(head, hidden))
         sizes = torch.tensor([LARGEST_LOGITS[i % len(LARGEST_LOGITS)] for i in range(len(rows))]).to(rows)
-        rows = rows * (sizes / (rows @ weight.T).abs().amax(-1).clamp_min(1e-6))[:, None]
+        rows = rows * (sizes / _products(head, rows, with_adapters=False).abs().amax(-1).clamp_min(1e-6))[:, None]
         injected.append(rows)
         hidden.copy_(rows)
         return output
@@ -106,6 +109,27 @@ def _decoder_output_replaced(decoder: nn.Module, weight: Tensor) -> Iterator[lis
         yield injected
     finally:
         handle.remove()
+
+
+def _products(head: ModelHead, hidden: Tensor, *, with_adapters: bool) -> Tensor:
+    """(L, V) `hidden @ weight.T + bias`, and what LoRA adds; a quantised weight a slab at a time."""
+    if head.is_quantised:
+        weight = quantised_weight(head.weight)
+        slabs = (weight.slab(i, min(i + _SLAB, head.shape[0])) for i in range(0, head.shape[0], _SLAB))
+        products = torch.cat([hidden @ slab.to(hidden.dtype).T for slab in slabs], -1)
+    else:
+        products = nn.functional.linear(hidden, head.weight)
+    if with_adapters:
+        if head.bias is not None:
+            products = products + head.bias.to(products.dtype)
+        if (lora := head.lora(hidden)) is not None:
+            products = products + lora[0] @ lora[1].T
+    return products
+
+
+def _dtype(head: ModelHead, hidden: Tensor) -> torch.dtype:
+    """What the head multiplies: its own dtype, or where it is quantised that of what it is given."""
+    return hidden.dtype if head.is_quantised else head.weight.dtype
 
 
 def _transformed(products: Tensor, transform: HeadTransform) -> Tensor:
@@ -154,14 +178,18 @@ def _probe_tokens(model: PreTrainedModel) -> Tensor:
     ids = torch.tensor([i for i in range(min(config.vocab_size, 4096)) if i not in special] or [0])
     picked = ids[torch.randint(len(ids), (2, LENGTH), generator=torch.Generator().manual_seed(0))]
     picked[1, :SHARED] = picked[0, :SHARED]
-    return picked.to(head_of(model)[0].device)
+    return picked.to(head_of(model).weight.device)
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    weight, _ = head_of(model)
-    if weight.is_cuda and weight.dtype == torch.float32:  # TF32 may be on, with the significand of float16
+    head = head_of(model)
+    weight = head.weight
+    if weight.dtype == torch.int8:
+        return EIGHT_BITS
+    dtype = model.dtype if head.is_quantised else weight.dtype
+    if weight.is_cuda and dtype == torch.float32:  # TF32 may be on, with the significand of float16
         return TOLERANCES[torch.float16]
-    return TOLERANCES.get(weight.dtype, TOLERANCES[torch.bfloat16])
+    return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
 
 
 def _refuse(

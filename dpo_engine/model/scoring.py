@@ -130,19 +130,22 @@ def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = N
     if labels is None:
         raise ValueError("score_from was given without labels; expected labels (N,), the token that each row predicts")
     rows = _hidden_rows(model, *args, **kwargs).index_select(0, score_from)  # (N, D)
-    weight, bias = head_of(model)
-    if rows.dtype != weight.dtype and not torch.is_autocast_enabled(rows.device.type):
-        rows = rows.to(weight.dtype)  # as models do that keep a float32 residual stream before a bfloat16 head
-    transform = read_head_transform(model.config)
+    head, transform = head_of(model), read_head_transform(model.config)
+    if not head.is_quantised and not torch.is_autocast_enabled(rows.device.type):
+        rows = rows.to(head.weight.dtype)  # some models keep a float32 residual stream before a bfloat16 head
+    bias = head.bias
+    if bias is not None and head.is_quantised:
+        bias = bias.to(rows.dtype)  # bitsandbytes casts it so
     token_logps = linear_logps(
         rows,
-        weight,
+        head.weight,
         labels,
         bias=bias,
         logit_scale=transform.logit_scale,
         softcap=transform.softcap,
         ignore_index=None,
         backend=model.scoring_backend,
+        lora=head.lora(rows),
     )
     return ScoredTokens(token_logps=token_logps)
 

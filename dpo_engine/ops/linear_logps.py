@@ -115,7 +115,9 @@ def linear_logps(
     scale, cap = logit_scale / temperature, None if softcap is None else softcap / temperature
     dtype = common_dtype(hidden, None if quantised else weight, bias, lora)
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    lora_hidden, lora_weight = (None, None) if lora is None else (lora[0].reshape(-1, lora[0].shape[-1]), lora[1])
+    lora_hidden, lora_weight = None, None
+    if lora is not None:
+        lora_hidden, lora_weight = lora[0].reshape(flat_labels.numel(), lora[0].shape[-1]), lora[1]
     shape = labels.shape
     if backend == "reference":
         rows = Rows(hidden=flat, labels=flat_labels, lora_hidden=lora_hidden)

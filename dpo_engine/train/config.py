@@ -11,6 +11,7 @@ from dpo_engine.data.templates import CHAT_TEMPLATE_CHOICES
 from dpo_engine.data.truncation import TRUNCATIONS
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import get_method
+from dpo_engine.ops import BACKENDS
 
 DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
 
@@ -50,6 +51,10 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Tokens computed at once: memory and speed only, never the result."},
     )
+    backend: str = field(
+        default="auto",
+        metadata={"help": "How log-probs are computed: auto (what `dpo-engine doctor` measured), tiled, triton, ..."},
+    )
 
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate (about 5e-6 suits LoRA)."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (or share of steps, if < 1)."})
@@ -83,6 +88,7 @@ class DPOConfig(TrainingArguments):
         self.chat_template = {"true": "on", "false": "off"}.get(str(self.chat_template).lower(), self.chat_template)
         choices = CHAT_TEMPLATE_CHOICES
         require(self.chat_template in choices, "chat_template", self.chat_template, f"one of {', '.join(choices)}")
+        require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         budget = self.max_tokens_per_forest
         require(budget is None or budget > 0, "max_tokens_per_forest", budget, "a number above 0, or none")
         require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "a number of at least 0")
@@ -97,6 +103,16 @@ class DPOConfig(TrainingArguments):
         )
         smoothing = self.label_smoothing_factor
         require(smoothing == 0, "label_smoothing_factor", smoothing, "0; the loss's own parameter is label_smoothing")
+
+    def pair_options(self) -> dict[str, Any]:
+        """What `load_pairs` and `tokenize_pairs` are told about reading pairs."""
+        return {
+            "max_length": self.max_length,
+            "truncation": self.truncation,
+            "chat_template": self.chat_template,
+            "skip_bad_rows": self.skip_bad_rows,
+            "method": self.method,
+        }
 
 
 def require(holds: bool, name: str, given: Any, expected: str) -> None:

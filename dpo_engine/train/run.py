@@ -136,6 +136,8 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     trainer.remove_callback(ProgressCallback)
     if not config.disable_tqdm:
         trainer.add_callback(_Progress(say))
+    trainer.restore_backend(config.resume)  # before anything is scored
+    say(trainer.backend.line())
 
     prompts = [tree.prompt_ids for tree in held_out.trees[: config.sample_prompts]] if held_out else []
     before = _judge(trainer, held_out, say, "before training")
@@ -175,6 +177,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         "peak_cuda_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
         "dtype": str(resolve_dtype(config.dtype)).removeprefix("torch."),
         "device": str(config.device),
+        "backend": trainer.backend.name,
         "picture": str(picture) if picture else None,
         "answers": [vars(answer) for answer in answers],
     }
@@ -226,16 +229,7 @@ def _source(source: str | None, split: str, config: TrainConfig) -> PairSource |
 def _pairs(source: PairSource | None, tokenizer: Any, config: TrainConfig, limit: int | None) -> PairData | None:
     if source is None:
         return None
-    return load_pairs(
-        source,
-        tokenizer,
-        max_length=config.max_length,
-        truncation=config.truncation,
-        skip_bad_rows=config.skip_bad_rows,
-        chat_template=config.chat_template,
-        method=config.method,
-        limit=limit,
-    )
+    return load_pairs(source, tokenizer, limit=limit, **config.pair_options())
 
 
 def _load_policy(config: TrainConfig, model_path: str, say: Say) -> Any:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from dpo_engine.batch import (
     ForestCollator,
@@ -31,11 +34,14 @@ from dpo_engine.data import PairData, tokenize_pairs
 from dpo_engine.errors import ConfigError, DataError, TrainingError
 from dpo_engine.losses import PairStats, get_method
 from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, reference_of
+from dpo_engine.model.head import head_of
 from dpo_engine.model.probe import probe_head
 from dpo_engine.model.scoring import bind_scoring
+from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend, write_state
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.metrics import MetricSums, pair_metrics
 
+logger = logging.getLogger(__name__)
 _FOREST_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
@@ -91,6 +97,7 @@ class DPOTrainer(Trainer):
         self._starts_at_reference = ref_model is None and (not is_peft_model(model) or adapters_are_zero(model))
         self._start_checked = False
         self.reference_seconds = 0.0
+        self._reference_backend: str | None = None  # which one the precomputed log-probs are of
         self._train_metrics = MetricSums()
         train_data = _tokenized(train_dataset, processing_class, args, "train_dataset")
         eval_data = _tokenized(eval_dataset, processing_class, args, "eval_dataset")
@@ -106,6 +113,7 @@ class DPOTrainer(Trainer):
         )
         if self.reference is not None:
             self.reference.to(args.device)
+        self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
         if self.reference is not None and ref_model is not None:
             probe_head(_causal_model(self.reference))
@@ -123,6 +131,53 @@ class DPOTrainer(Trainer):
         else:
             bind_scoring(_causal_model(ref_model))
         return ref_model.requires_grad_(False).eval()
+
+    # ---- the backend ----
+
+    def restore_backend(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Score with the backend that a checkpoint was trained with; `train` does this too.
+
+        Call it before evaluating where a run that goes on is to have the same bits.
+
+        Args:
+            resume_from_checkpoint: as for `train`.
+
+        Raises:
+            ConfigError, BackendError: the checkpoint's backend is not the one asked for, or cannot run here.
+        """
+        if not resume_from_checkpoint:
+            return
+        found = (
+            get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
+        if found:
+            backend = resumed_backend(self.config.backend, Path(found), self.args.device, self._head_dtype())
+            self._use_backend(backend or self.backend)
+
+    def _use_backend(self, backend: RunBackend) -> None:
+        """Every rank and both models score with the backend that the first rank found."""
+        if self.args.world_size > 1:
+            [backend] = broadcast_object_list([backend])
+        if getattr(self, "backend", None) != backend:
+            logger.info(backend.line())
+        self.backend = backend
+        for model in (self.model, self.reference):
+            if model is not None:
+                _causal_model(model).scoring_backend = backend.name  # type: ignore[assignment]
+
+    def _head_dtype(self) -> torch.dtype:
+        """What the head multiplies: the autocast dtype, or that of its weight; of a quantised one, the model's."""
+        assert self.model is not None
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        model = _causal_model(self.model)
+        head = head_of(model)
+        return autocast or (model.dtype if head.is_quantised else head.weight.dtype)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`transformers.Trainer.save_model`, and the backend's name beside the weights: in checkpoints too."""
+        if self.args.should_save:
+            write_state(Path(output_dir or str(self.args.output_dir)), self.backend.name)
+        super().save_model(output_dir, _internal_call)
 
     # ---- scoring ----
 
@@ -162,13 +217,17 @@ class DPOTrainer(Trainer):
 
     # ---- training ----
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """`transformers.Trainer.train`, after the reference's log-probs if those are wanted beforehand."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`transformers.Trainer.train`, after the reference's log-probs if those are wanted beforehand.
+
+        A checkpoint is gone on from with the backend it was trained with.
+        """
+        self.restore_backend(resume_from_checkpoint)
         self._precompute_reference()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _precompute_reference(self) -> None:
-        """Replace the trees of both data sets by trees that know their reference log-probs, once.
+        """Replace the trees of both data sets by trees that know their reference log-probs, once for each backend.
 
         Every rank computes all of them. They are kept in memory, 4 bytes a scored token.
         """
@@ -177,8 +236,11 @@ class DPOTrainer(Trainer):
         begin = time.perf_counter()
         for name in ("train_dataset", "eval_dataset"):
             data = getattr(self, name)
-            if data is not None and not isinstance(data[0], ScoredTree):
+            if data is not None and not (
+                isinstance(data[0], ScoredTree) and self._reference_backend == self.backend.name
+            ):
                 setattr(self, name, self._scored_trees(data, name))
+        self._reference_backend = self.backend.name
         self.reference_seconds += time.perf_counter() - begin
 
     def _scored_trees(self, data: Sequence[TokenTree], name: str) -> list[ScoredTree]:
@@ -332,15 +394,7 @@ def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DP
         return dataset
     if tokenizer is None:
         raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
-    return tokenize_pairs(
-        dataset,
-        tokenizer,
-        max_length=args.max_length,
-        truncation=args.truncation,
-        chat_template=args.chat_template,
-        skip_bad_rows=args.skip_bad_rows,
-        method=args.method,
-    )
+    return tokenize_pairs(dataset, tokenizer, **args.pair_options())
 
 
 def _forest_budget(args: DPOConfig, datasets: Sequence[PairData | None]) -> int:

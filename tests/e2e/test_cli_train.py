@@ -17,6 +17,7 @@ pytest.importorskip("peft")
 pytest.importorskip("typer")
 
 from dpo_engine.cli.main import main
+from dpo_engine.ops import BACKENDS
 from support.small_tokenizers import CHATML, small_tokenizer
 from support.tiny_pairs import tiny_llama
 
@@ -100,6 +101,7 @@ def test_a_run_trains_judges_saves_and_reports(
     assert result["accuracy"]["after"] > 0.9 and result["margin"]["after"] > 0.1
     assert result["pairs_per_s"] > 0 and result["peak_rss_mb"] > 50
     assert result["peak_cuda_mb"] is None or torch.cuda.is_available()
+    assert f"log-probs by the backend {result['backend']} (" in err and result["backend"] in BACKENDS[1:]
     assert "held-out reward accuracy" in err and "identical completions" in err and "Summary" not in out
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
 
@@ -147,6 +149,9 @@ def test_resume_goes_on_where_the_checkpoint_stands(
     (output / "checkpoint-6").rmdir()
     code, _, err = run(monkeypatch, capsys, *flags(model_folder, data, output, **kept))
     assert code == 2 and "holds checkpoint-3 of an earlier run" in err
+    other = flags(model_folder, data, output, backend="reference", **kept)
+    code, _, err = run(monkeypatch, capsys, *other, "--resume")
+    assert code == 2 and "backend=reference, but" in err and "checkpoint-3 was trained with backend=" in err
     code, out, err = run(monkeypatch, capsys, *flags(model_folder, data, output, **kept), "--resume", "--json")
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["steps"] == 6
@@ -176,8 +181,9 @@ def test_without_held_out_pairs_nothing_is_claimed_about_them(
         ({"model": "./no-such-folder"}, "no such folder"),
         ({"bta": "0.1"}, "did you mean beta"),
         ({"beta": "0"}, "expected a number above 0"),
+        ({"backend": "cuda"}, "expected one of auto, reference, tiled"),
         ({"lora_target_modules": "qproj"}, "no linear layer"),
-        ({"lora_target_modules": "lm_head"}, "head"),
+        ({"lora_target_modules": "embed_tokens"}, "no linear layer"),
         ({"max_tokens_per_forest": "3"}, "max_tokens_per_forest=3"),
         ({"resume": "true"}, "holds no checkpoint"),
         ({"truncation": "error", "max_length": "12"}, "pairs.jsonl:1"),

@@ -48,18 +48,10 @@ def test_a_scale_that_is_no_positive_number_is_refused(value: object) -> None:
 @pytest.mark.parametrize(("name", "has_bias"), [("Llama", False), ("GPTJ", True)])
 def test_the_head_is_the_models_own_parameters(name: str, has_bias: bool) -> None:
     model = tiny_model(name)
-    weight, bias = head_of(model)
-    assert weight is model.lm_head.weight
-    assert bias is model.lm_head.bias and (bias is not None) == has_bias
-
-
-def test_a_head_with_an_adapter_is_refused() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"])
-    policy = get_peft_model(tiny_model("Llama"), config)
-    with pytest.raises(ModelError, match="its head carries an adapter"):
-        head_of(policy.get_base_model())
+    head = head_of(model)
+    assert head.weight is model.lm_head.weight and head.shape == tuple(head.weight.shape)
+    assert head.bias is model.lm_head.bias and (head.bias is not None) == has_bias
+    assert head.branches == () and not head.is_quantised
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_scale_under_a_name_that_is_not_known_is_refused(monkeypatch: pytest.M
 
 
 def test_a_bias_that_the_engine_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "head_of", lambda model: (head.head_of(model)[0], None))
+    monkeypatch.setattr(probe, "head_of", lambda model: replace(head.head_of(model), bias=None))
     with pytest.raises(ModelError, match="the head gives a logit of"):
         probe_head(tiny_model("GPTJ"))
 
