@@ -8,52 +8,25 @@ exponentials) per row. A second, small kernel joins the splits of a row.
 
 The label never enters the sum, so a row that is sure of its label (logp near -1e-12) loses nothing to cancellation.
 A row's bits do not depend on the rows beside it: block sizes and the number of splits follow from the shape of the
-head, its dtype and the device, never from N.
+head, its dtype, the device and whether the operands are laid out for tensor descriptors, never from N.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from dpo_engine.kernels.softcap import softcap_and_slope
+from dpo_engine.kernels.product import group_rows, logits_block, operand, raster, takes_descriptor
+from dpo_engine.kernels.tiles import FUSED, Tiles, choose_tiles
 
 # Enough programs to fill a large GPU when there is one block of rows.
 _MAX_SPLITS = 128
 # Bounds the partial results, at 8 bytes a row and split, to 8 MiB.
 _ROWS_PER_LAUNCH = 8192
 _JOIN_ROWS = 32
-# Rows of `hidden` that programs running side by side share: a third of the L2 cache of an H200, and weights stream
-# through it.
-_SHARED_ROWS_BYTES = 16 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Block sizes of the matrix product, and how it is compiled."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# By the major compute capability. Compiled ahead of time for sm_80, 86, 89, 90, 100 and 120, none of them spills in the
-# loop of its matrix product; speed was not measured.
-_INTERPRETED = Tiles(rows=16, columns=32, depth=32, warps=4, stages=1)
-_FLOAT32 = Tiles(rows=64, columns=64, depth=32, warps=4, stages=3)
-_HALF = {
-    8: Tiles(rows=128, columns=128, depth=32, warps=8, stages=4),
-    9: Tiles(rows=128, columns=256, depth=64, warps=8, stages=3),
-    10: Tiles(rows=128, columns=128, depth=64, warps=8, stages=3),
-    12: Tiles(rows=128, columns=128, depth=32, warps=8, stages=4),
-}
-_HALF_ELSEWHERE = Tiles(rows=64, columns=64, depth=32, warps=4, stages=2)
 
 
 def logps_forward(
@@ -79,7 +52,7 @@ def logps_forward(
         bias: (V,) of any floating dtype, or None.
         logit_scale: multiplies the logits, before the softcap.
         softcap: positive number, or None for none.
-        tiles: block sizes, for sweeps and tests; by default the entry of the table for this device and dtype.
+        tiles: block sizes, for sweeps and tests; by default the entry of the table for this device, dtype and strides.
 
     Returns:
         (N,) float32; never positive, -inf where the label's logit is -inf, NaN where a logit is NaN or +inf.
@@ -95,7 +68,8 @@ def logps_forward(
     interpreted = triton.knobs.runtime.interpret
     if tiles is None:
         capability = None if interpreted else torch.cuda.get_device_capability(hidden.device)
-        tiles = choose_tiles(capability, hidden.dtype)
+        descriptors = takes_descriptor(hidden) and takes_descriptor(weight)
+        tiles = choose_tiles(FUSED, capability, hidden.dtype, descriptors=descriptors, softcap=softcap is not None)
     split_columns = triton.cdiv(triton.cdiv(vocabulary, _MAX_SPLITS), tiles.columns) * tiles.columns
     n_splits = triton.cdiv(vocabulary, split_columns)
     labels = labels.contiguous()
@@ -109,17 +83,19 @@ def logps_forward(
             rows = slice(start, min(start + _ROWS_PER_LAUNCH, n_rows))
             count = rows.stop - rows.start
             _fold_kernel[(triton.cdiv(count, tiles.rows) * n_splits,)](
-                hidden[rows], weight, weight if bias is None else bias, labels[rows],
-                partials[0], partials[1], label_logits[rows],
+                operand(hidden[rows], tiles.rows, tiles), operand(weight, tiles.columns, tiles),
+                weight if bias is None else bias,
+                labels[rows], partials[0], partials[1], label_logits[rows],
                 count, vocabulary, depth, split_columns, n_splits, launch_rows,
                 hidden.stride(0), hidden.stride(1), weight.stride(0), weight.stride(1),
                 1 if bias is None else bias.stride(0),
                 logit_scale, 1.0 if softcap is None else softcap,
-                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, EVEN_D=depth % tiles.depth == 0,
+                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+                EVEN_D=tiles.descriptors or depth % tiles.depth == 0,
                 # The interpreter multiplies bfloat16 as if it were integers.
-                UPCAST=interpreted,
+                DESCRIPTORS=tiles.descriptors, UPCAST=interpreted,
                 BLOCK_N=tiles.rows, BLOCK_V=tiles.columns, BLOCK_D=tiles.depth,
-                GROUP_ROWS=max(1, _SHARED_ROWS_BYTES // (tiles.rows * max(depth, 1) * hidden.element_size())),
+                GROUP_ROWS=group_rows(depth, hidden.element_size(), tiles),
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
             _join_kernel[(triton.cdiv(count, _JOIN_ROWS),)](
@@ -127,15 +103,6 @@ def logps_forward(
                 BLOCK_N=_JOIN_ROWS, BLOCK_SPLITS=triton.next_power_of_2(n_splits), num_warps=4,
             )  # fmt: skip
     return logps
-
-
-def choose_tiles(capability: tuple[int, int] | None, dtype: torch.dtype) -> Tiles:
-    """The table entry for a device's compute capability (None under the interpreter) and the dtype of the inputs."""
-    if capability is None:
-        return _INTERPRETED
-    if dtype == torch.float32:
-        return _FLOAT32
-    return _HALF.get(capability[0], _HALF_ELSEWHERE)
 
 
 def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -158,35 +125,22 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bia
 
 @triton.jit(do_not_specialize=["n_rows", "partials_stride"])
 def _fold_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, labels_ptr,
+    hidden, weight, bias_ptr, labels_ptr,
     maxima_ptr, sums_ptr, label_logits_ptr,
     n_rows, vocabulary, depth, split_columns, n_splits, partials_stride,
     stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, stride_bias,
     logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against one split of the vocabulary.
 
     Writes `maxima[split, i] = max_v z` and `sums[split, i] = sum_v exp(z - maxima)` over the split's columns without
     the label, and `label_logits[i]` if the split holds the label. Both arrays are (n_splits, partials_stride) float32.
     """
-    # Programs that start together share few rows and walk the vocabulary side by side, so that both stay in the L2
-    # cache.
-    program = tl.program_id(0)
-    group_programs = GROUP_ROWS * n_splits
-    first_block = program // group_programs * GROUP_ROWS
-    group_rows = tl.minimum(tl.cdiv(n_rows, BLOCK_N) - first_block, GROUP_ROWS)
-    row_block = first_block + program % group_programs % group_rows
-    split = program % group_programs // group_rows
-
+    row_block, split = raster(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N), n_splits, GROUP_ROWS)
     offs_n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = offs_n < n_rows
-    # Addresses are int64: a row number times a stride can pass 2**31.
-    offs_d = tl.arange(0, BLOCK_D)
-    columns_d = offs_d.to(tl.int64)
-    step = tl.full((), BLOCK_D, tl.int64)
-    hidden_ptrs = hidden_ptr + offs_n.to(tl.int64)[:, None] * stride_hidden_n + columns_d[None, :] * stride_hidden_d
     labels = tl.load(labels_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
 
     maxima = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -197,30 +151,11 @@ def _fold_kernel(
     for start in range(first, last, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         column_mask = offs_v < vocabulary
-        rows_v = offs_v.to(tl.int64)
-        h_ptrs = hidden_ptrs
-        w_ptrs = weight_ptr + rows_v[None, :] * stride_weight_v + columns_d[:, None] * stride_weight_d
-        z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        for k in range(0, depth, BLOCK_D):
-            if EVEN_D:
-                h = tl.load(h_ptrs, mask=row_mask[:, None], other=0.0)
-                w = tl.load(w_ptrs, mask=column_mask[None, :], other=0.0)
-            else:
-                depth_mask = offs_d < depth - k
-                h = tl.load(h_ptrs, mask=row_mask[:, None] & depth_mask[None, :], other=0.0)
-                w = tl.load(w_ptrs, mask=column_mask[None, :] & depth_mask[:, None], other=0.0)
-            if UPCAST:
-                h = h.to(tl.float32)
-                w = w.to(tl.float32)
-            z = tl.dot(h, w, z, input_precision="ieee")
-            h_ptrs += step * stride_hidden_d
-            w_ptrs += step * stride_weight_d
-
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + rows_v * stride_bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-        z *= logit_scale
-        if HAS_SOFTCAP:
-            z, _ = softcap_and_slope(z, softcap)
+        z, _ = logits_block(
+            hidden, weight, bias_ptr, row_block * BLOCK_N, start, n_rows, vocabulary, depth,
+            stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, stride_bias, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, EVEN_D, DESCRIPTORS, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
         is_label = offs_v[None, :] == labels[:, None]
         label_logits += tl.sum(tl.where(is_label, z, 0.0), 1)
         z = tl.where(is_label | (column_mask[None, :] == 0), float("-inf"), z)

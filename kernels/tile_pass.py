@@ -36,6 +36,7 @@ def tile_pass(
     softcap: float | None = None,
     margin: float,
     out: torch.Tensor | None,
+    moments: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`E = exp(z - c) * dz/dx` and `S += sum(exp(z - c))`, the label's own column left out of both.
 
@@ -56,6 +57,11 @@ def tile_pass(
             `out`.
         out: (R, C) E in the dtype of the next matrix product, may be `tile` itself but overlap it in no other way; None
             where only `sums` is wanted.
+        moments: (4, R) float32 contiguous, updated in place, or None where they are not wanted. Over the columns `v !=
+            label` seen so far, and with a `margin` of at most 20, so that no square overflows:
+            `moments[0] = max z_v` (-inf at first), `moments[1] = sum exp(z_v - c) * (z_v - c)` (0 at first, a term
+            whose exponential is 0 is 0), `moments[2] = sum exp(2 * (z_v - c))` (0 at first); and `moments[3]` the
+            label's own logit (-inf at first, written by the one tile that holds it).
 
     Returns:
         (R,) float32, the factor by which a caller must multiply what it summed over earlier tiles: exactly 1 where `c`
@@ -65,17 +71,24 @@ def tile_pass(
         ValueError: a tile that is not float32, or shapes, dtypes or strides other than the above.
     """
     _check("tile_pass", tile, labels, bias, out, constants=constants, sums=sums)
+    if moments is not None and (
+        moments.shape != (4, tile.shape[0]) or moments.dtype != torch.float32 or not moments.is_contiguous()
+    ):
+        given = f"{tuple(moments.shape)} {moments.dtype}, strides {moments.stride()}"
+        raise ValueError(f"tile_pass: moments is {given}; expected (4, {tile.shape[0]}) float32, contiguous")
     rescale = torch.empty_like(constants)
     target = tile if out is None else out
     with _on_device_of(tile):
         if tile.shape[0]:
             _tile_pass_kernel[(tile.shape[0],)](
                 tile, tile if bias is None else bias, labels.contiguous(), constants, sums, rescale, target,
+                constants if moments is None else moments,
                 tile.shape[1], first_column,
                 tile.stride(0), tile.stride(1), 1 if bias is None else bias.stride(0),
                 target.stride(0), target.stride(1),
                 logit_scale, 1.0 if softcap is None else softcap, margin,
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_OUT=out is not None,
+                HAS_MOMENTS=moments is not None,
                 BLOCK_C=_BLOCK_COLUMNS, num_warps=_WARPS,
             )  # fmt: skip
     return rescale
@@ -161,11 +174,12 @@ def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
 
 @triton.jit(do_not_specialize=["first_column"])
 def _tile_pass_kernel(
-    tile_ptr, bias_ptr, labels_ptr, constants_ptr, sums_ptr, rescale_ptr, out_ptr,
+    tile_ptr, bias_ptr, labels_ptr, constants_ptr, sums_ptr, rescale_ptr, out_ptr, moments_ptr,
     n_columns, first_column,
     stride_tile_r, stride_tile_c, stride_bias, stride_out_r, stride_out_c,
     logit_scale, softcap, margin,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_OUT: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_OUT: tl.constexpr, HAS_MOMENTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One row: a sweep for its largest logit, then one for the exponentials, which finds the row in the cache."""
     row = tl.program_id(0).to(tl.int64)
@@ -173,6 +187,16 @@ def _tile_pass_kernel(
     out_ptr += row * stride_out_r
     label_column = tl.load(labels_ptr + row) - first_column
     constant = tl.load(constants_ptr + row)
+    if HAS_MOMENTS:
+        moments_ptr += row
+        moment_stride = tl.num_programs(0).to(tl.int64)
+        # Before the first sweep: the second may write over the tile, and the reduction between them is a barrier.
+        label_inside = (label_column >= 0) & (label_column < n_columns)
+        z_label = _label_logit(
+            tile_ptr, bias_ptr, label_column, label_inside, stride_tile_c, stride_bias, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        tl.store(moments_ptr + 3 * moment_stride, z_label, mask=label_inside)
 
     running = tl.full((BLOCK_C,), float("-inf"), tl.float32)
     for start in range(0, n_columns, BLOCK_C):
@@ -188,6 +212,9 @@ def _tile_pass_kernel(
     rescale = tl.where(moved == constant, 1.0, tl.exp(constant - shift))
 
     weights = tl.zeros((BLOCK_C,), tl.float32)
+    if HAS_MOMENTS:
+        leaning = tl.zeros((BLOCK_C,), tl.float32)
+        squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, n_columns, BLOCK_C):
         z, slope = _logits(
             tile_ptr, bias_ptr, start, n_columns, label_column, stride_tile_c, stride_bias, logit_scale, softcap,
@@ -195,13 +222,25 @@ def _tile_pass_kernel(
         )  # fmt: skip
         e = tl.exp(z - shift)
         weights += e
+        if HAS_MOMENTS:
+            leaning += tl.where(e == 0.0, 0.0, e * (z - shift))  # not 0 * -inf
+            squares += e * e
         if HAS_OUT:
             if HAS_SOFTCAP:
                 e *= slope
             offs_c = start + tl.arange(0, BLOCK_C)
             out_ptrs = out_ptr + offs_c.to(tl.int64) * stride_out_c
             tl.store(out_ptrs, e.to(out_ptr.dtype.element_ty), mask=offs_c < n_columns)
-    tl.store(sums_ptr + row, tl.load(sums_ptr + row) * rescale + tl.sum(weights, 0))
+    sums = tl.load(sums_ptr + row)
+    if HAS_MOMENTS:
+        # Relative to a new c, z - c is off by c's move in every term; a row of which nothing was seen has no terms.
+        drift = tl.where(constant == float("-inf"), 0.0, constant - shift)
+        old_leaning = tl.load(moments_ptr + moment_stride) + sums * drift
+        tl.store(moments_ptr + moment_stride, old_leaning * rescale + tl.sum(leaning, 0))
+        old_squares = tl.load(moments_ptr + 2 * moment_stride)
+        tl.store(moments_ptr + 2 * moment_stride, old_squares * (rescale * rescale) + tl.sum(squares, 0))
+        tl.store(moments_ptr, tl.maximum(tl.load(moments_ptr), maximum))
+    tl.store(sums_ptr + row, sums * rescale + tl.sum(weights, 0))
     tl.store(constants_ptr + row, moved)
     tl.store(rescale_ptr + row, rescale)
 
@@ -253,3 +292,18 @@ def _logits(
     if HAS_SOFTCAP:
         z, slope = softcap_and_slope(z, softcap)
     return tl.where(mask & (offs_c != label_column), z, float("-inf")), slope
+
+
+@triton.jit
+def _label_logit(
+    tile_ptr, bias_ptr, column, inside, stride_tile_c, stride_bias, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The logit of one int64 column of a row; means nothing where `inside` is false."""
+    z = tl.load(tile_ptr + column * stride_tile_c, mask=inside, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + column * stride_bias, mask=inside, other=0.0).to(tl.float32)
+    z *= logit_scale
+    if HAS_SOFTCAP:
+        z, _ = softcap_and_slope(z, softcap)
+    return z

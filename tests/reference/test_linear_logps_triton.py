@@ -1,4 +1,4 @@
-"""Is `linear_logps(backend="triton")` right without a GPU?
+"""Are the Triton backends of `linear_logps` right without a GPU?
 
 As in `test_triton_kernels.py`, the cases run in a process of their own with TRITON_INTERPRET=1.
 """

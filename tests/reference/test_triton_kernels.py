@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.parametrize("cases", ["lse_forward_cases", "tile_pass_cases"])
+@pytest.mark.parametrize("cases", ["lse_forward_cases", "tile_pass_cases", "exp_epilogue_cases"])
 def test_kernels_agree_with_float64_under_the_interpreter(cases: str) -> None:
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {

@@ -1,15 +1,19 @@
 """What does a Triton kernel compile to on a GPU that is not here?
 
 `compile_kernel` runs Triton's own compiler and NVIDIA's assembler, which need no GPU, and reads back what decides
-whether the kernel is any good there: shared memory, registers, and what did not fit into registers.
+whether the kernel is any good there: shared memory, registers, and what did not fit into registers. What came out is
+remembered, by the source of the kernel and all it was compiled with.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +25,21 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 class Compiled:
     """What came out; `None` where the disassembler was not found."""
 
-    cubin: bytes
+    size: int  # bytes of machine code and what comes with it
     shared: int  # bytes a block
     registers: int | None  # a thread, 255 at most
     stack: int | None  # bytes a thread: spilled registers, or arrays that were indexed
     spill_stores: int | None  # instructions that store to the stack, anywhere in the kernel
     spill_loads: int | None
     product_loop_spills: int | None  # of both, those inside the innermost loop around a matrix instruction
-    matrix_instructions: frozenset[str] | None  # "HGMMA", "HMMA", ...; none for products by scalar instructions
+    matrix_instructions: list[str] | None  # "HGMMA", "HMMA", ...; none for products by scalar instructions
 
     def __str__(self) -> str:
         return (
-            f"{len(self.cubin)} bytes, shared {self.shared}, registers {self.registers}, stack {self.stack}, "
+            f"{self.size} bytes, shared {self.shared}, registers {self.registers}, stack {self.stack}, "
             f"spills {self.spill_stores} stores and {self.spill_loads} loads "
             f"({self.product_loop_spills} in the product loop), "
-            f"matrix instructions {', '.join(sorted(self.matrix_instructions or ())) or 'none'}"
+            f"matrix instructions {', '.join(self.matrix_instructions or ()) or 'none'}"
         )
 
 
@@ -48,15 +52,31 @@ def compile_kernel(
     stages: int = 3,
     folder: Path,
 ) -> Compiled:
-    """Compile a `@triton.jit` function as a launch would.
+    """Compile a `@triton.jit` function as a launch would, or remember what came out last time.
 
     Args:
         arguments: per argument either a type ("*bf16", "i64", "fp32"; "*bf16:16" and "i32:16" for a pointer or a number
-            that is a multiple of 16, as a launch finds out by itself) or a value, which is compiled in (1 for a stride
-            of one).
+            that is a multiple of 16, as a launch finds out by itself; "tensordesc<bf16[128, 64]>" for a descriptor of
+            blocks) or a value, which is compiled in (1 for a stride of one).
         capability: 10 * major + minor, 90 for an H100.
-        folder: for the compiler's cache and the files the disassembler reads; a test's `tmp_path`.
+        folder: where results are remembered.
     """
+    import triton
+
+    parts = [triton.__version__, kernel.cache_key, repr(sorted(arguments.items())), capability, warps, stages]
+    parts.append(Path(__file__).read_text(encoding="utf-8"))
+    remembered = folder / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.json"
+    if remembered.is_file():
+        return Compiled(**json.loads(remembered.read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled = _compile(kernel, arguments, capability, warps, stages, Path(scratch))
+    remembered.write_text(json.dumps(asdict(compiled)), encoding="utf-8")
+    return compiled
+
+
+def _compile(
+    kernel: Any, arguments: Mapping[str, Any], capability: int, warps: int, stages: int, folder: Path
+) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -81,7 +101,9 @@ def compile_kernel(
             source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
         )
     cubin = compiled.asm["cubin"]
-    return Compiled(cubin=cubin, shared=compiled.metadata.shared, **_disassembled(cubin, folder))
+    if not cubin.startswith(b"\x7fELF"):
+        raise ValueError(f"compile_kernel: {kernel.__name__} became {cubin[:16]!r}...; expected an ELF file")
+    return Compiled(size=len(cubin), shared=compiled.metadata.shared, **_disassembled(cubin, folder))
 
 
 def _disassembled(cubin: bytes, folder: Path) -> dict[str, Any]:
@@ -90,7 +112,7 @@ def _disassembled(cubin: bytes, folder: Path) -> dict[str, Any]:
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.is_file():
-        return dict.fromkeys(field.name for field in fields(Compiled) if field.name not in ("cubin", "shared"))
+        return dict.fromkeys(field.name for field in fields(Compiled) if field.name not in ("size", "shared"))
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
 
@@ -117,7 +139,7 @@ def _disassembled(cubin: bytes, folder: Path) -> dict[str, Any]:
         "spill_stores": sum(name == "STL" for _, name, _ in listing),
         "spill_loads": sum(name == "LDL" for _, name, _ in listing),
         "product_loop_spills": sum(first <= at <= last for at in spills for first, last in innermost),
-        "matrix_instructions": frozenset(name for _, name in products),
+        "matrix_instructions": sorted({name for _, name in products}),
     }
 
 

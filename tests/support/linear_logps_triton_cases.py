@@ -1,4 +1,4 @@
-"""Is `linear_logps(backend="triton")` right in all of its three paths: no gradient, frozen head, head that trains?
+"""Are the Triton backends of `linear_logps` right in all of three paths: no gradient, frozen head, head that trains?
 
 Run by `tests/reference/test_linear_logps_triton.py` in a process of its own, under Triton's interpreter. By hand, from the
 root:
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dpo_engine.ops import linear_logps, passes, plan
+from support.extras_truth import assert_extras_within_bound, true_extras
 from support.head_distributions import gap, minus_infinity, randn, rising, strided, with_bias
 from support.interpreted import INTERPRETED
 from support.oracle import (
@@ -23,6 +24,7 @@ from support.oracle import (
     assert_gradients_within_bound,
     assert_logps_within_bound,
     computed,
+    leaves,
     plain,
     truth,
 )
@@ -44,6 +46,9 @@ CASES: dict[str, Callable[[], Case]] = {
 HALVES = ("ragged", "bias, scale and softcap", "confident", "strided")
 RUNS = [(name, torch.float32) for name in CASES]
 RUNS += [(name, dtype) for name in HALVES for dtype in (torch.bfloat16, torch.float16)]
+ALL_EXTRAS = ("entropy", "log_sum_squares", "is_top1")
+# "triton_epilogue" is "triton" but for the forward of a frozen head.
+WAYS = [("triton", path) for path in ("no gradient", "frozen", "trainable")] + [("triton_epilogue", "frozen")]
 
 
 @pytest.fixture(autouse=True)
@@ -67,18 +72,83 @@ def no_torch_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "TORCH_PASSES", passes.TilePasses(forward=refuse, backward=refuse))
 
 
-@pytest.mark.parametrize("path", ["no gradient", "frozen", "trainable"])
+@pytest.mark.parametrize("backend,path", WAYS)
 @pytest.mark.parametrize("name,dtype", RUNS)
-def test_triton_agrees_with_float64(name: str, dtype: torch.dtype, path: str) -> None:
+def test_triton_agrees_with_float64(name: str, dtype: torch.dtype, backend: str, path: str) -> None:
     case = CASES[name]().to(dtype)
     exact, unfused, bound = truth(case), plain(case), case.bound()
     if path == "no gradient":
-        logps = linear_logps(case.hidden, case.weight, case.labels, backend="triton", **case.head)
+        logps = linear_logps(case.hidden, case.weight, case.labels, backend=backend, **case.head)
         assert_logps_within_bound(logps, exact.logps, bound)
         return
-    ours = computed(case, trains=path == "trainable", backend="triton")
+    ours = computed(case, trains=path == "trainable", backend=backend)
     assert_logps_within_bound(ours.logps, exact.logps, bound)
     assert_gradients_within_bound(ours, exact, unfused, case, bound)
+
+
+@pytest.mark.parametrize("backend,path", WAYS)
+def test_temperature_divides_after_the_softcap(backend: str, path: str) -> None:
+    case = with_bias(v=70, n=5, logit_scale=1.75, softcap=4.0, temperature=0.6)
+    exact, bound = truth(case), case.bound()
+    if path == "no gradient":
+        logps = linear_logps(case.hidden, case.weight, case.labels, backend=backend, **case.head)
+        assert_logps_within_bound(logps, exact.logps, bound)
+        return
+    ours = computed(case, trains=path == "trainable", backend=backend)
+    assert_logps_within_bound(ours.logps, exact.logps, bound)
+    assert_gradients_within_bound(ours, exact, plain(case), case, bound)
+
+
+@pytest.mark.parametrize("backend,path", [WAYS[0], WAYS[-1]])
+@pytest.mark.parametrize("name", ["bias, scale and softcap", "confident", "rising", "a block of -inf"])
+def test_extras_agree_with_float64(name: str, backend: str, path: str) -> None:
+    case = CASES[name]()
+    exact, bound = true_extras(case), case.bound()
+    hidden, weight, bias = leaves(case, trains=path == "trainable")
+    with torch.set_grad_enabled(path != "no gradient"):
+        logps, extras = linear_logps(
+            hidden, weight, case.labels, backend=backend, extras=ALL_EXTRAS, **{**case.head, "bias": bias}
+        )
+    assert_logps_within_bound(logps.detach(), truth(case).logps, bound)
+    assert_extras_within_bound(*extras, exact, bound)
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton_epilogue"])
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("name", ["bias, scale and softcap", "rising"])
+def test_lora_is_a_head_on_more_features(name: str, trains: bool, backend: str) -> None:
+    case = CASES[name]()
+    parts = [t[:, part] for t in (case.hidden, case.weight) for part in (slice(-2), slice(-2, None))]
+    hidden, lora_hidden, weight, lora_weight = (t.detach().clone().requires_grad_() for t in parts)
+    weight.requires_grad_(trains)
+    logps = linear_logps(hidden, weight, case.labels, lora=(lora_hidden, lora_weight), backend=backend, **case.head)
+    logps.backward(case.upstream)
+    # The feature that tells how each row is made up may be LoRA's: gradients are compared where they are side by side.
+    ours = Answer(logps=logps.detach(), d_hidden=torch.cat([hidden.grad, lora_hidden.grad], 1))
+    if trains:
+        ours = replace(ours, d_weight=torch.cat([weight.grad, lora_weight.grad], 1))
+    exact, unfused, bound = truth(case), plain(case), case.bound()
+    assert_logps_within_bound(ours.logps, exact.logps, bound)
+    assert_gradients_within_bound(ours, exact, unfused, case, bound)
+    if not trains:
+        torch.testing.assert_close(lora_weight.grad.double(), exact.d_weight[:, -2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend,path", WAYS)
+def test_the_same_call_gives_the_same_bits_every_time(backend: str, path: str) -> None:
+    case = with_bias(n=18, v=70)
+    with torch.set_grad_enabled(path != "no gradient"):
+        first, again = (repeatable(case, path, backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def repeatable(case: Case, path: str, backend: str) -> list[torch.Tensor]:
+    """Log-probs and every gradient."""
+    hidden, weight, bias = leaves(case, trains=path == "trainable")
+    logps = linear_logps(hidden, weight, case.labels, backend=backend, **{**case.head, "bias": bias})
+    if path != "no gradient":
+        logps.backward(case.upstream)
+    return [logps.detach(), *(t.grad for t in (hidden, weight, bias) if t is not None and t.grad is not None)]
 
 
 @pytest.mark.parametrize("path", ["no gradient", "frozen", "trainable"])

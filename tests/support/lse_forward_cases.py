@@ -9,13 +9,16 @@ root:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dpo_engine.kernels import lse_forward
-from dpo_engine.kernels.lse_forward import Tiles, logps_forward
+from dpo_engine.kernels import lse_forward, product
+from dpo_engine.kernels.lse_forward import logps_forward
+from dpo_engine.kernels.product import takes_descriptor
+from dpo_engine.kernels.tiles import EXPONENTIAL, FUSED, Tiles, choose_tiles
 from support.interpreted import DEVICE, INTERPRETED, overflow_checked
 from support.row_bound import logits_in_float64, row_bound
 
@@ -43,7 +46,7 @@ def expected(hidden: Tensor, weight: Tensor, labels: Tensor, bias=None, logit_sc
     z = logits_in_float64(hidden, weight, bias, logit_scale, softcap)
     label = z.gather(1, labels[:, None])
     others = z.scatter(1, labels[:, None], -math.inf).logsumexp(1, keepdim=True)
-    return -torch.nn.functional.softplus(others - label, threshold=1000).squeeze(1)
+    return -torch.nn.functional.softplus(others - label, threshold=500).squeeze(1)
 
 
 def check(
@@ -64,6 +67,36 @@ def check(
 @pytest.mark.parametrize("n,v,d", [(1, 2, 1), (1, 2, 64), (5, 257, 33), (16, 32, 32), (17, 100, 96), (33, 130, 100)])
 def test_ragged_shapes_stay_within_the_bound(n: int, v: int, d: int, dtype: torch.dtype) -> None:
     check(normal(n, d, seed=1, dtype=dtype), normal(v, d, seed=2, dtype=dtype), integers(v, n, seed=3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n,v,d", [(1, 2, 8), (5, 257, 40), (17, 100, 96)])
+def test_operands_loaded_by_descriptor_do_not_change_a_bit(n: int, v: int, d: int, dtype: torch.dtype) -> None:
+    hidden, weight = normal(n, d, seed=1, dtype=dtype), normal(v, d, seed=2, dtype=dtype)
+    wide = torch.full((n, d + 8), math.nan, device=DEVICE, dtype=dtype)[:, :d]
+    wide.copy_(hidden)
+    rest = integers(v, n, seed=3), normal(v, seed=6), 0.25, 5.0
+    tiles = Tiles(rows=16, columns=32, depth=32, warps=4, stages=1)
+    plain = check(hidden, weight, *rest, tiles=tiles)
+    for h in (hidden, wide):
+        assert torch.equal(check(h, weight, *rest, tiles=replace(tiles, descriptors=True)), plain)
+
+
+def test_descriptors_are_left_where_an_operand_forbids_them() -> None:
+    matrix = torch.zeros(9, 24, device=DEVICE).bfloat16()
+    assert takes_descriptor(matrix) and takes_descriptor(matrix[3:, 8:16])
+    assert takes_descriptor(matrix[:1].as_strided((1, 24), (1, 1)))  # a single row, whatever its stride
+    for forbidden in (matrix.t(), matrix[:, ::2], matrix[:, 1:], matrix[:, :0], matrix[:0], matrix[:1].expand(9, 24)):
+        assert not takes_descriptor(forbidden)
+    assert not takes_descriptor(torch.zeros(9, 20, device=DEVICE).bfloat16())  # rows 40 bytes apart
+    for table in (FUSED, EXPONENTIAL):
+        for capability in [(9, 0), (10, 0), (12, 0)]:
+            for softcap in (False, True):
+                chosen = [
+                    choose_tiles(table, capability, torch.bfloat16, descriptors=d, softcap=softcap)
+                    for d in (False, True)
+                ]
+                assert [tiles.descriptors for tiles in chosen] == [False, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -245,7 +278,7 @@ def test_more_rows_than_one_launch_takes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_order_of_programs_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch, shared_rows: int) -> None:
     hidden, weight, labels = normal(5 * 16 + 3, 24, seed=49), normal(100, 24, seed=50), integers(100, 83, seed=51)
     together = check(hidden, weight, labels)
-    monkeypatch.setattr(lse_forward, "_SHARED_ROWS_BYTES", shared_rows)
+    monkeypatch.setattr(product, "_SHARED_ROWS_BYTES", shared_rows)
     assert torch.equal(logps_forward(hidden, weight, labels), together)
 
 
@@ -331,6 +364,6 @@ def test_addresses_past_two_to_the_31_are_computed_in_int64(large: str) -> None:
         lse_forward._fold_kernel[(1,)](
             floats, floats, floats, labels, floats[:16], floats[16:32], floats[32:48],
             16, vocabulary, 0, 32, 1, 16, *strides, 1.0, 1.0,
-            HAS_BIAS=has_bias, HAS_SOFTCAP=False, EVEN_D=False, UPCAST=True,
+            HAS_BIAS=has_bias, HAS_SOFTCAP=False, EVEN_D=False, DESCRIPTORS=False, UPCAST=True,
             BLOCK_N=16, BLOCK_V=32, BLOCK_D=32, GROUP_ROWS=1,
         )  # fmt: skip

@@ -212,6 +212,88 @@ def test_a_nan_stays_in_its_row() -> None:
     assert sums.isnan().tolist() == [False, True, False]
 
 
+def defined_moments(tile: Tensor, labels: Tensor, constants: Tensor, first_column: int, **head) -> Tensor:
+    """The four moments of a whole row in float64, relative to the `constants` it ended with."""
+    z = logits_and_slope(tile, **head)[0]
+    moments = torch.zeros(4, len(labels), dtype=torch.float64, device=DEVICE)
+    moments[0] = moments[3] = -math.inf
+    for i, label in enumerate(labels.tolist()):
+        others = [v for v in range(z.shape[1]) if v + first_column != label and z[i, v] != -math.inf]
+        if others:
+            away = z[i, others] - constants[i].double()
+            moments[0, i] = z[i, others].max()
+            moments[1, i] = (away.exp() * away).sum()
+            moments[2, i] = (2 * away).exp().sum()
+        if first_column <= label < first_column + z.shape[1]:
+            moments[3, i] = z[i, label - first_column]
+    return moments
+
+
+def no_moments(rows: int) -> Tensor:
+    return torch.tensor([[-math.inf], [0.0], [0.0], [-math.inf]], device=DEVICE).repeat(1, rows)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("start,in_place", [("label", True), ("nothing", False)])
+def test_moments_of_slab_after_slab_are_those_of_the_whole_row(start: str, in_place: bool, head: dict) -> None:
+    """Logits that rise from slab to slab, so that a constant that starts from nothing moves again and again."""
+    rows, columns, first, slab = 6, 230, 50, 64
+    tile, named = normal(rows, columns, seed=23, scale=2.0), head_of(columns, **head)
+    rise = 1 if head.get("logit_scale", 1.0) > 0 else -1
+    tile += rise * torch.linspace(0, 12, columns, device=DEVICE)
+    tile[2] -= rise * 300.0  # far below its label's logit wherever there is no softcap: every exponential is 0
+    labels = torch.tensor([50, 279, 113, 114, 49, 280], device=DEVICE)
+    z = logits_and_slope(tile, **named)[0]
+    constants = torch.full((rows,), -math.inf, device=DEVICE)
+    if start == "label":
+        constants[:4] = z.gather(1, (labels - first).clamp(0, columns - 1)[:, None]).squeeze(1).float()[:4]
+        constants[2] += 300.0
+    sums, plain_sums, plain_constants = torch.zeros(rows, device=DEVICE), torch.zeros(rows, device=DEVICE), None
+    moments, plain_constants, moved = no_moments(rows), constants.clone(), 0
+    for begin in range(0, columns, slab):
+        part = tile[:, begin : begin + slab].clone()
+        rest = {**named, "bias": None if named["bias"] is None else named["bias"][begin : begin + slab]}
+        plain_out, out = torch.empty_like(part), part if in_place else torch.empty_like(part)
+        common = dict(margin=1.5, **rest)
+        plain = tile_pass(part, labels, plain_constants, plain_sums, first + begin, out=plain_out, **common)
+        rescale = tile_pass(part, labels, constants, sums, first + begin, out=out, moments=moments, **common)
+        moved += int(((rescale != 1) & (rescale != 0)).sum())
+        assert torch.equal(rescale, plain) and torch.equal(out, plain_out)
+    assert torch.equal(sums, plain_sums) and torch.equal(constants, plain_constants)
+    assert moved > rows or head.get("logit_scale") == 0.25 or "softcap" in head
+    want = defined_moments(tile, labels, constants, first, **named)
+    close(moments[0], want[0], 1e-6, 1e-6)
+    # Terms of both signs: what counts is the error beside the sum of their sizes, and z itself is rounded.
+    others = torch.ones_like(z, dtype=torch.bool)
+    others.scatter_(1, (labels - first).clamp(0, columns - 1)[:, None], False)
+    others[4:] = True
+    away = z - constants.double()[:, None]
+    size = torch.where(others, away.exp() * (away.abs() + 0.1), 0.0).sum(1)
+    assert ((moments[1].double() - want[1]).abs() <= 5e-5 * size + 1e-30).all()
+    close(moments[2], want[2], 5e-5, 1e-30)
+    close(moments[3], want[3], 1e-6, 1e-6)
+
+
+def test_moments_of_columns_of_minus_infinity_are_not_nan() -> None:
+    tile, labels = normal(3, 50, seed=24), torch.tensor([3, 99, 4], device=DEVICE)
+    bias = torch.full((50,), -math.inf, device=DEVICE)
+    constants, sums = torch.tensor([-math.inf, 2.0, 0.0], device=DEVICE), torch.zeros(3, device=DEVICE)
+    moments = no_moments(3)
+    tile_pass(tile, labels, constants, sums, 0, bias=bias, margin=20.0, out=None, moments=moments)
+    assert torch.equal(moments, no_moments(3))
+    bias[7] = 0.0
+    tile_pass(tile, labels, constants, sums, 0, bias=bias, margin=20.0, out=None, moments=moments)
+    close(moments, defined_moments(tile, labels, constants, 0, bias=bias, logit_scale=1.0, softcap=None), 1e-6)
+
+
+def test_a_nan_reaches_the_moments_of_its_own_row_only() -> None:
+    tile, labels = normal(3, 40, seed=12), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    tile[1, 5] = math.nan
+    constants, sums, moments = torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE), no_moments(3)
+    tile_pass(tile, labels, constants, sums, 0, margin=20.0, out=None, moments=moments)
+    assert moments[1:3].isnan().tolist() == [[False, True, False]] * 2
+
+
 @pytest.mark.parametrize("softcap", [None, 6.0])
 @pytest.mark.parametrize("start", ["label", "nothing", "rising"])
 def test_slab_after_slab_gives_log_probs_and_gradients_of_the_definition(start: str, softcap: float | None) -> None:
@@ -290,8 +372,10 @@ def test_the_plain_torch_twin_takes_the_same_arguments_and_gives_the_same_number
         rows = [normal(5, seed=20), normal(5, seed=21).abs()]
         out = torch.empty_like(tile)
         if name == "tile_pass":
-            rows[0][2] = -math.inf
-            rows.append(function(tile.clone(), labels, *rows, 100, margin=5.0, out=out, **named))
+            rows[0][2], rows[1][2] = -math.inf, 0.0
+            moments = no_moments(5)
+            rows.append(function(tile.clone(), labels, *rows, 100, margin=5.0, out=out, moments=moments, **named))
+            rows.append(moments)
         else:
             rows[0] += 10
             function(tile.clone(), labels, *rows, rows[1] + 1, 100, out=out, **named)
@@ -321,6 +405,8 @@ def test_what_does_not_fit_is_refused_with_one_line() -> None:
         tile_pass(tile, labels, row, torch.zeros(8, device=DEVICE)[::2], 0, margin=60.0, out=None)
     with pytest.raises(ValueError, match=r"out is \(4, 39\); expected the tile's \(4, 40\)"):
         tile_backward(tile, labels, row, row, row, 0, out=tile[:, :39])
+    with pytest.raises(ValueError, match=r"moments is \(4, 3\) torch.float32.*expected \(4, 4\) float32, contiguous"):
+        tile_pass(tile, labels, row, row, 0, margin=20.0, out=None, moments=torch.zeros(4, 3, device=DEVICE))
     with pytest.raises(ValueError, match=r"bias \(39,\) do not fit"):
         tile_pass(tile, labels, row, row, 0, bias=tile[0, :39], margin=60.0, out=None)
 
@@ -345,8 +431,8 @@ def test_addresses_past_two_to_the_31_are_computed_in_int64(large: str) -> None:
     flags = {"HAS_BIAS": True, "HAS_SOFTCAP": False, "BLOCK_C": 16}
     with overflow_checked():
         kernels._tile_pass_kernel[(rows,)](
-            floats, floats, labels, floats.clone(), floats.clone(), floats.clone(), floats.clone(),
-            columns, 0, *strides, 1.0, 1.0, 60.0, HAS_OUT=True, **flags,
+            floats, floats, labels, floats.clone(), floats.clone(), floats.clone(), floats.clone(), floats.clone(),
+            columns, 0, *strides, 1.0, 1.0, 60.0, HAS_OUT=True, HAS_MOMENTS=True, **flags,
         )  # fmt: skip
         kernels._tile_backward_kernel[(rows,)](
             floats, floats, labels, floats, floats, floats, floats.clone(), columns, 0, *strides, 1.0, 1.0, **flags
