@@ -18,6 +18,8 @@ EXTRAS = {
     # What `dpo-engine train` and `DPOTrainer` need. transformers before 5.10.4 crashes beside a folder named `kernels`.
     "train": [
         "accelerate>=1.10",
+        # Quantised heads, and models in 4 bits. It has a CPU backend.
+        'bitsandbytes>=0.49; platform_system == "Linux" or platform_system == "Windows"',
         "datasets>=4.0",
         "peft>=0.18",
         "pyyaml>=6.0",

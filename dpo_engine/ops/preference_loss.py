@@ -138,12 +138,12 @@ def _job(
     backend: str,
     tile_budget: int,
 ) -> _Job | None:
-    """None where the tiles of some pair do not fit, or would overflow (float16 cannot hold S)."""
+    """None where the tiles of some pair do not fit, would overflow (float16 cannot hold S), or there are no rows."""
     labels = labels.long()
     plan = make_plan(Rows(hidden=hidden, labels=labels), head, dtype)
     rows = tile_budget // (max(head.weight.shape[0], 1) * plan.multiply.itemsize) // ROW_MULTIPLE * ROW_MULTIPLE
     lengths = [sum(pairs[i : i + 2]) for i in range(0, len(pairs), 2)]
-    if plan.multiply == torch.float16 or max(lengths, default=0) > rows:
+    if plan.multiply == torch.float16 or max(lengths) > rows or not sum(lengths):
         return None
     passes = passes_for(backend, hidden.device, dtype, head.weight.shape, "trainable")
     return _Job(
@@ -197,7 +197,7 @@ def _value_and_gradients(
     sum_dtype = plan.accumulate if not one_group else weight.tensor.dtype
     device = job.hidden.device
     d_hidden = torch.empty(job.hidden.shape, dtype=job.hidden.dtype, device=device) if want_hidden else None
-    d_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=device) if want_weight else None
+    d_weight = torch.empty(weight.shape, dtype=sum_dtype, device=device) if want_weight else None
     d_bias = torch.zeros(weight.shape[0], dtype=plan.accumulate, device=device) if want_bias else None
     values, sums = [], []
     for group in job.groups:
@@ -215,7 +215,7 @@ def _value_and_gradients(
         row_weights = torch.zeros_like(stats.sums)  # 0 in padding rows
         row_weights[: len(per_row)] = per_row.to(plan.accumulate) * job.head.logit_scale
         row_weights.div_(stats.totals).neg_()
-        _add_gradients(rows, row_weights, job.head, plan, kept, d_hidden, span, d_weight, d_bias)
+        _add_gradients(rows, row_weights, job.head, plan, kept, d_hidden, span, d_weight, d_bias, is_first=len(sums) == 1)
         del kept  # two groups' tiles must not live at once
     if d_weight is not None:
         d_weight = d_weight.to(weight.tensor.dtype)
@@ -280,6 +280,8 @@ def _add_gradients(
     span: slice,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
+    *,
+    is_first: bool,
 ) -> None:
     """`dH = -w (E W)`, `dW += E^T (-w H)`, `db += E^T (-w)`; `row_weights` is `-w`."""
     total = None
@@ -293,10 +295,7 @@ def _add_gradients(
             plan.add_product(total, tile, slab.weight)
         if d_weight is not None:
             part = d_weight[slab.first : slab.last]
-            if part.dtype == plan.accumulate:
-                plan.add_product(part, tile.t(), weighted)
-            else:  # the only group: nothing is there yet to add to
-                part.copy_(plan.product(tile.t(), weighted))
+            (plan.set_product if is_first else plan.add_product)(part, tile.t(), weighted)
         if d_bias is not None:
             plan.add_product(d_bias[slab.first : slab.last, None], tile.t(), column)
         del slab

@@ -167,6 +167,7 @@ class GradientSums:
             for name, whole in (("weight", self.d_weight), ("bias", self.d_bias), ("lora_weight", self.d_lora_weight))
             if whole is not None
         }
+        self._is_first_tile = True
 
     def add(self, span: slice, tile: Rows, gradient: Tensor, slab: Slab) -> None:
         """Add one tile of `d(objective) / d(raw logits)`, in the GEMM's dtype; padding rows of it are 0."""
@@ -175,16 +176,20 @@ class GradientSums:
             self._add_rows(self.d_hidden[span], gradient, slab.weight, kept)
         if self.d_lora_hidden is not None and slab.lora_weight is not None:
             self._add_rows(self.d_lora_hidden[span], gradient, slab.lora_weight, kept)
-        if "weight" in self._slab_sums:
-            plan.add_product(self._slab_sums["weight"], gradient.t(), tile.hidden)
-        if "lora_weight" in self._slab_sums and tile.lora_hidden is not None:
-            plan.add_product(self._slab_sums["lora_weight"], gradient.t(), tile.lora_hidden)
+        for name, right in (("weight", tile.hidden), ("lora_weight", tile.lora_hidden)):
+            if name in self._slab_sums and right is not None:
+                put = plan.set_product if self._is_first_tile else plan.add_product
+                put(self._slab_sums[name], gradient.t(), right)
         if "bias" in self._slab_sums:
-            self._slab_sums["bias"] += gradient.sum(0, dtype=plan.accumulate)
+            total, by_word = self._slab_sums["bias"], gradient.sum(0, dtype=plan.accumulate)
+            total.copy_(by_word if self._is_first_tile else total + by_word)
+        self._is_first_tile = False
 
     def close(self, slab: Slab) -> None:
         """Write the slab's sums, rounded once."""
         for name, total in self._slab_sums.items():
+            if self._is_first_tile:  # there were no rows
+                total.zero_()
             whole = getattr(self, f"d_{name}")
             if whole.dtype != total.dtype:
                 whole[slab.first : slab.last].copy_(total)
@@ -213,9 +218,9 @@ class GradientSums:
             accumulator.copy_(padded[:kept])
 
     def _slab_sum(self, whole: Tensor, slab: Slab) -> Tensor:
-        """Zeros for the slab: in place where the gradient is kept in the accumulation dtype anyway."""
+        """Room for the slab: in place where the gradient is kept in the accumulation dtype anyway."""
         part = whole[slab.first : slab.last]
-        return part.zero_() if part.dtype == self.plan.accumulate else self._zeros_like(part)
+        return part if part.dtype == self.plan.accumulate else torch.empty_like(part, dtype=self.plan.accumulate)
 
     def _zeros_like(self, tensor: Tensor) -> Tensor:
         return torch.zeros(tensor.shape, dtype=self.plan.accumulate, device=tensor.device)

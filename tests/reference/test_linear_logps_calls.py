@@ -139,6 +139,22 @@ def test_ignored_rows_are_zero_even_if_they_hold_nan(ignore_index: int, trains: 
         assert torch.equal(weight.grad, want.d_weight) and torch.equal(bias.grad, want.d_bias)
 
 
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trainable"])
+def test_what_comes_from_upstream_for_ignored_rows_is_not_looked_at(trains: bool, backend: str) -> None:
+    """A mean over no tokens, say, gives them 0 / 0."""
+    case = with_bias(v=80)
+    ignored = torch.arange(len(case.labels)) % 3 == 1
+    masked = replace(case, labels=case.labels.masked_fill(ignored, -100))
+    want = computed(replace(masked, upstream=case.upstream.masked_fill(ignored, 0.0)), trains=trains, backend=backend)
+    for poison in (float("nan"), float("inf")):
+        poisoned = replace(masked, upstream=case.upstream.masked_fill(ignored, poison))
+        ours = computed(poisoned, trains=trains, backend=backend)
+        for field in ("d_hidden", "d_weight", "d_bias"):
+            given = getattr(ours, field)
+            assert given is None or torch.equal(given, getattr(want, field)), field
+
+
 def test_without_an_ignore_index_every_row_counts() -> None:
     case = randn()
     assert torch.equal(tiled_logps(case, ignore_index=None), tiled_logps(case))
