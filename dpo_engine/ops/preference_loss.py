@@ -215,7 +215,9 @@ def _value_and_gradients(
         row_weights = torch.zeros_like(stats.sums)  # 0 in padding rows
         row_weights[: len(per_row)] = per_row.to(plan.accumulate) * job.head.logit_scale
         row_weights.div_(stats.totals).neg_()
-        _add_gradients(rows, row_weights, job.head, plan, kept, d_hidden, span, d_weight, d_bias, is_first=len(sums) == 1)
+        _add_gradients(
+            rows, row_weights, job.head, plan, kept, d_hidden, span, d_weight, d_bias, is_first=len(sums) == 1
+        )
         del kept  # two groups' tiles must not live at once
     if d_weight is not None:
         d_weight = d_weight.to(weight.tensor.dtype)

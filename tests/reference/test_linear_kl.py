@@ -87,7 +87,7 @@ CASES = {
     "bias, scale, softcap, temperature": lambda: heads(
         spread=4.0, biased=True, logit_scale=1.5, softcap=6.0, temperature=0.7
     ),
-    "two row tiles and slabs": lambda: heads(n=530, v=4300),
+    "two row tiles and slabs": lambda: heads(n=1040, v=4300),
 }
 
 
@@ -192,7 +192,7 @@ def test_ignored_rows_are_zero_in_value_and_gradient_whatever_they_hold() -> Non
 
 
 def test_the_log_probs_are_those_of_linear_logps() -> None:
-    case = heads(n=530, v=4300)
+    case = heads(n=1040, v=4300)
     ours = computed(case, [case.hidden, case.weight])
     torch.testing.assert_close(ours.logps, linear_logps(case.hidden, case.weight, case.labels, backend="tiled"))
 

@@ -1,6 +1,6 @@
 """Which inputs break operators that are right on randn?
 
-Each builder gives a `Case` in float32 that a test rounds to the dtype it is about. On the CPU a tile is 512 rows by 4096
+Each builder gives a `Case` in float32 that a test rounds to the dtype it is about. On the CPU a tile is 1024 rows by 2048
 columns, so some shapes pass both. Upstream gradients are never uniform and hold zeros.
 """
 
@@ -41,7 +41,7 @@ def with_bias(v: int = 331, **head: object) -> Case:
 
 def edge_labels(n: int, v: int) -> Case:
     """Labels at the first and last id and on both sides of every tile edge."""
-    edges = sorted({e for e in (0, 1, 4095, 4096, 8191, 8192, v - 2, v - 1) if 0 <= e < v})
+    edges = sorted({e for e in (0, 1, 2047, 2048, 4095, 4096, 8191, 8192, v - 2, v - 1) if 0 <= e < v})
     case = randn(n=n, d=5, v=v)
     labels = torch.tensor(edges).repeat(-(-n // len(edges)))[:n]
     return Case(hidden=case.hidden, weight=case.weight, labels=labels, upstream=case.upstream)
@@ -149,7 +149,7 @@ DISTRIBUTIONS: dict[str, Callable[[], Case]] = {
     "vocabulary of one tile and a bit": lambda: randn(n=9, d=16, v=4113),
     "vocabulary of 65537": lambda: edge_labels(5, 65537),
     "vocabulary of 256001": lambda: edge_labels(3, 256001),
-    "two row tiles, labels at tile edges": lambda: edge_labels(530, 8195),
+    "two row tiles, labels at tile edges": lambda: edge_labels(1040, 8195),
     "logits about 1e2": lambda: randn(spread=100.0),
     "logits about 1e4": lambda: randn(spread=1e4),
     "softcap": lambda: randn(spread=6.0, softcap=5.0),
