@@ -1,9 +1,15 @@
 """What is a batch? A forest: trees, each a prompt with its K completions, and explicit indices of what is scored.
 
-`score_from (N,)` says which hidden row predicts, `labels (N,)` what, and `completion_ids (N,)` for whom. No label is shifted
-and nothing is masked by token id, so a layout is free to put tokens where it likes. Today every completion is a row of its own,
-its prompt repeated, and rows of nearly one length share a sheet, padded on the right: under causal attention no scored token
-sees that padding. Hidden rows are counted through all sheets, one after the other.
+`score_from (N,)` says which hidden row predicts, `labels (N,)` what, and `completion_ids (N,)` for whom. No label is
+shifted and nothing is masked by token id, so a layout is free to put tokens where it likes:
+
+    shared   each prompt once, then its completions without their last tokens; trees end to end in one row
+    packed   each completion behind a copy of its prompt; end to end in one row
+    padded   each completion behind a copy of its prompt in a row of its own, rows of nearly one length on a sheet
+
+In the first two a token must not see other trees or other completions: `shape` says what it may see, and
+`model.forest_attention` makes it so. In `padded` the model's own causal attention is enough. Hidden rows are counted
+through all sheets, one after the other.
 """
 
 from __future__ import annotations
@@ -15,9 +21,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+LAYOUTS = ("shared", "packed", "padded")
+
 
 class TokenTree(Protocol):
-    """One prompt and its completions as token ids; `dpo_engine.data.TokenizedTree` is one."""
+    """One prompt and its completions as token ids; `dpo_engine.data.TokenizedTree` is one.
+
+    It may also have `scored`, a sequence of bools per completion: which of its tokens are scored (all, without it), as
+    in a completion of several turns of which the user's are not.
+    """
 
     @property
     def prompt_ids(self) -> Sequence[int]: ...
@@ -33,14 +45,29 @@ class ScoredTree:
     prompt_ids: Sequence[int]
     completions: Sequence[Sequence[int]]
     reference_token_logps: Sequence[Tensor]
-    """One (tokens of the completion,) float32 for each completion, on the CPU."""
+    """One (scored tokens of the completion,) float32 for each completion, on the CPU."""
+    scored: Sequence[Sequence[bool]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForestShape:
+    """Who may see whom in a row of trees: token q sees k iff k is not later by position, in the same span, and in the
+    prompt or in q's own completion."""
+
+    spans: tuple[tuple[int, int], ...]
+    """Token ranges `[first, last)` of the trees, in order, without gaps."""
+    position_ids: Tensor  # (1, L) int64, from 0 in every tree; every completion goes on from its prompt
+    branches: Tensor  # (L,) int64, -1 in a prompt, else the completion's number within its tree
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceForest:
     """T trees with C completions and N scored tokens, ready for the model. Indices are int64."""
 
-    input_ids: tuple[Tensor, ...]  # sheets, each (rows, width)
+    layout: str
+    """One of `LAYOUTS`."""
+    input_ids: tuple[Tensor, ...]  # sheets, each (rows, width); one of (1, L) where `shape` is given
+    shape: ForestShape | None
     score_from: Tensor  # (N,) into the hidden rows of all sheets, flattened and laid end to end
     labels: Tensor  # (N,) vocabulary ids
     completion_ids: Tensor  # (N,) ascending, in [0, C)
@@ -62,55 +89,124 @@ class PreferenceForest:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PreferenceForest:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, input_ids=tuple(map(change, self.input_ids)), **changed)
+        shape = None if self.shape is None else _changed(self.shape, change)
+        return replace(_changed(self, change), input_ids=tuple(map(change, self.input_ids)), shape=shape)
 
 
-def build_forest(trees: Sequence[TokenTree]) -> PreferenceForest:
-    """Lay trees out as separate rows, `prompt + completion`, on sheets padded on the right with token 0.
+def _changed(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a dataclass with `change` applied to its tensors."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return replace(record, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
-    The last token of a completion predicts nothing, so it is a label but not an input. At most an eighth of a row is padding.
+
+@dataclass(frozen=True)
+class _Completion:
+    """One completion as it is laid out: where its scored tokens are predicted from is up to the layout."""
+
+    tree: int
+    prompt: Sequence[int]
+    ids: Sequence[int]
+    scored: Sequence[int]  # which of `ids`
+
+    @property
+    def inputs(self) -> Sequence[int]:
+        """What the model reads: the last token predicts nothing, so it is a label but not an input."""
+        return self.ids[:-1]
+
+
+def build_forest(trees: Sequence[TokenTree], layout: str = "shared") -> PreferenceForest:
+    """Lay trees out.
 
     Raises:
-        ValueError: no tree, an empty prompt (nothing would predict the first token), or an empty completion.
+        ValueError: no tree, an unknown layout, an empty prompt (nothing would predict the first token), an empty completion,
+            or one of which nothing is scored.
     """
     if not trees:
         raise ValueError("build_forest: no trees were given; expected at least one")
-    rows: list[list[int]] = []
-    scored: list[tuple[int, Sequence[int]]] = []  # (prompt length, completion) of each row
-    tree_ids: list[int] = []
-    for index, tree in enumerate(trees):
-        if not tree.prompt_ids or not all(tree.completions):
-            given = f"{len(tree.prompt_ids)} prompt tokens, completions of {[len(c) for c in tree.completions]} tokens"
-            raise ValueError(f"build_forest: tree {index} has {given}; expected at least one token in each")
-        for completion in tree.completions:
-            rows.append([*tree.prompt_ids, *completion[:-1]])
-            scored.append((len(tree.prompt_ids), completion))
-            tree_ids.append(index)
-    sheets, starts = _lay_out(rows)
-    lengths = tuple(len(completion) for _, completion in scored)
-    known = [logps for tree in trees if isinstance(tree, ScoredTree) for logps in tree.reference_token_logps]
+    if layout not in LAYOUTS:
+        raise ValueError(f"build_forest: layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
+    completions = [completion for index, tree in enumerate(trees) for completion in _completions(index, tree)]
+    sheets, shape, sources = _padded(completions) if layout == "padded" else _in_one_row(completions, layout == "shared")
+    lengths = tuple(len(completion.scored) for completion in completions)
+    known = [logps for tree in trees for logps in getattr(tree, "reference_token_logps", ())]
     return PreferenceForest(
+        layout=layout,
         input_ids=sheets,
-        score_from=torch.cat(
-            [
-                torch.arange(len(completion)) + (start + prompt_length - 1)
-                for start, (prompt_length, completion) in zip(starts, scored, strict=True)
-            ]
-        ),
-        labels=torch.tensor([token for _, completion in scored for token in completion]),
-        completion_ids=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)),
-        reference_token_logps=torch.cat(known) if len(known) == len(rows) else None,
-        tree_ids=torch.tensor(tree_ids),
+        shape=shape,
+        score_from=torch.tensor([row for rows in sources for row in rows]),
+        labels=torch.tensor([c.ids[i] for c in completions for i in c.scored]),
+        completion_ids=torch.repeat_interleave(torch.arange(len(completions)), torch.tensor(lengths)),
+        reference_token_logps=torch.cat(known) if len(known) == len(completions) else None,
+        tree_ids=torch.tensor([completion.tree for completion in completions]),
         trees=len(trees),
         lengths=lengths,
-        tokens=sum(map(len, rows)),
+        tokens=sum(tree_cost(tree, layout) for tree in trees),
     )
 
 
-def _lay_out(rows: Sequence[list[int]]) -> tuple[tuple[Tensor, ...], list[int]]:
-    """Sheets of rows within an eighth of one length, and where each row begins among the hidden rows of all sheets."""
+def tree_cost(tree: TokenTree, layout: str = "shared") -> int:
+    """Tokens that a tree takes: its prompt once (`shared`) or once per completion, and each completion but its last token."""
+    prompts = 1 if layout == "shared" else len(tree.completions)
+    return prompts * len(tree.prompt_ids) + sum(len(completion) - 1 for completion in tree.completions)
+
+
+def _completions(index: int, tree: TokenTree) -> list[_Completion]:
+    if not tree.prompt_ids or not tree.completions or not all(tree.completions):
+        given = f"{len(tree.prompt_ids)} prompt tokens, completions of {[len(c) for c in tree.completions]} tokens"
+        raise ValueError(f"build_forest: tree {index} has {given}; expected at least one token in each")
+    masks = getattr(tree, "scored", None) or [[True] * len(ids) for ids in tree.completions]
+    found = []
+    for ids, mask in zip(tree.completions, masks, strict=True):
+        scored = [i for i, counts in enumerate(mask) if counts]
+        if len(mask) != len(ids) or not scored:
+            raise ValueError(
+                f"build_forest: tree {index} has a completion of {len(ids)} tokens with a mask of {len(mask)} that scores "
+                f"{len(scored)}; expected one entry a token, and at least one that is scored"
+            )
+        found.append(_Completion(tree=index, prompt=tree.prompt_ids, ids=ids, scored=scored))
+    return found
+
+
+def _in_one_row(
+    completions: Sequence[_Completion], shared: bool
+) -> tuple[tuple[Tensor], ForestShape, list[list[int]]]:
+    """One row of tokens, what each may see, and the hidden row that predicts each scored token."""
+    ids: list[int] = []
+    positions: list[int] = []
+    branches: list[int] = []
+    firsts: list[int] = []  # where each span begins
+    sources = []
+    tree = branch = -1
+    for completion in completions:
+        length = len(completion.prompt)
+        if not shared or completion.tree != tree:
+            tree, branch = completion.tree, -1
+            firsts.append(len(ids))
+            ids += completion.prompt
+            positions += range(length)
+            branches += [-1] * length
+        branch += 1
+        # Token i is predicted by the one before it, and the first by the prompt's last.
+        begin = len(ids)
+        last_of_prompt = firsts[-1] + length - 1
+        sources.append([last_of_prompt if i == 0 else begin + i - 1 for i in completion.scored])
+        ids += completion.inputs
+        positions += range(length, length + len(completion.inputs))
+        branches += [branch] * len(completion.inputs)
+    shape = ForestShape(
+        spans=tuple(zip(firsts, [*firsts[1:], len(ids)], strict=True)),
+        position_ids=torch.tensor([positions]),
+        branches=torch.tensor(branches),
+    )
+    return (torch.tensor([ids]),), shape, sources
+
+
+def _padded(completions: Sequence[_Completion]) -> tuple[tuple[Tensor, ...], None, list[list[int]]]:
+    """Sheets of rows within an eighth of one length, padded on the right with token 0.
+
+    Under causal attention no scored token sees that padding.
+    """
+    rows = [[*completion.prompt, *completion.inputs] for completion in completions]
     sheets: list[list[int]] = []  # indices of rows, longest first
     for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])):
         if not sheets or 8 * len(rows[index]) < 7 * len(rows[sheets[-1][0]]):
@@ -123,7 +219,11 @@ def _lay_out(rows: Sequence[list[int]]) -> tuple[tuple[Tensor, ...], list[int]]:
         for index in members:
             starts[index] = offset
             offset += width
-    return tuple(tensors), starts
+    sources = [
+        [start + len(completion.prompt) + i - 1 for i in completion.scored]
+        for start, completion in zip(starts, completions, strict=True)
+    ]
+    return tuple(tensors), None, sources
 
 
 def sum_by_completion(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -1,11 +1,11 @@
 """How does a causal language model return log-probs instead of logits?
 
     bind_scoring(model)
-    out = model(input_ids=sheets, score_from=score_from, labels=labels)
+    out = model(input_ids=sheets, score_from=score_from, labels=labels, forest_shape=shape)
     out.token_logps                       # (N,) float32: of labels[i], predicted by hidden row score_from[i]
 
 `input_ids` is one (rows, width) tensor, or several of different widths (sheets); hidden rows are `hidden.reshape(-1, D)`, those
-of several sheets laid end to end.
+of several sheets laid end to end. With a `forest_shape` it is one row of trees, and `forest_attention` keeps them apart.
 
 A call with `score_from` runs the decoder, gathers the rows that predict, and hands them to `linear_logps`; the logits are
 never built. A call without it is the model's own forward, so that generation and evaluation by others go on working.
@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from dpo_engine.batch.forest import ForestShape
 from dpo_engine.errors import ModelError
+from dpo_engine.model.forest_attention import has_forest_attention, over_forest
 from dpo_engine.model.head import head_of, read_head_transform
 from dpo_engine.ops import linear_logps
 
@@ -92,7 +94,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     Raises:
         ModelError: there is no such part.
     """
-    for decoder in (model.base_model, model.get_decoder()):
+    for decoder in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
         if decoder is not model and decoder is not None:
             return decoder
     raise ModelError(
@@ -150,11 +152,13 @@ def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = N
     return ScoredTokens(token_logps=token_logps)
 
 
-def _hidden_rows(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _hidden_rows(model: Any, *args: Any, forest_shape: ForestShape | None = None, **kwargs: Any) -> Tensor:
     """(tokens, D) the decoder's output, of several sheets laid end to end."""
     arguments = {k: v for k, v in kwargs.items() if k not in _OF_THE_HEAD and v is not None}
     decoder = decoder_of(model)
     input_ids = arguments.get("input_ids")
+    if forest_shape is not None:
+        return _over_forest(model, decoder, forest_shape, **arguments)
     if not isinstance(input_ids, (tuple, list)):
         hidden = decoder(*args, use_cache=False, **arguments)[0]  # (B, L, D)
         return hidden.reshape(-1, hidden.shape[-1])
@@ -164,3 +168,27 @@ def _hidden_rows(model: Any, *args: Any, **kwargs: Any) -> Tensor:
         )
     sheets = [decoder(input_ids=sheet, use_cache=False)[0].flatten(0, 1) for sheet in input_ids]
     return sheets[0] if len(sheets) == 1 else torch.cat(sheets)
+
+
+def _over_forest(model: Any, decoder: nn.Module, shape: ForestShape, input_ids: Any, **others: Any) -> Tensor:
+    """(L, D) of one row of trees."""
+    (row,) = input_ids if isinstance(input_ids, (tuple, list)) else (input_ids,)
+    if others or row.shape != shape.position_ids.shape:
+        raise ValueError(
+            f"a forest of {tuple(shape.position_ids.shape)} tokens came with input_ids {tuple(row.shape)} and "
+            f"{sorted(others) or 'nothing else'}; expected input_ids of its own shape alone"
+        )
+    if not has_forest_attention(model):
+        raise ValueError(
+            f"{type(model).__name__} has no forest attention; call use_forest_attention(model), "
+            'or build the forest with layout="padded"'
+        )
+    with over_forest(shape):
+        # A mask of ones keeps transformers from finding packed sequences in the positions by itself.
+        hidden = decoder(
+            input_ids=row,
+            position_ids=shape.position_ids,
+            attention_mask=torch.ones_like(row),
+            use_cache=False,
+        )[0]
+    return hidden.flatten(0, 1)

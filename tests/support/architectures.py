@@ -1,0 +1,87 @@
+"""Which kinds of causal models does a forest have to be right on? Tiny random ones, windows and chunks shorter than a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 97
+
+
+def _config(name: str, **changes: Any) -> Any:
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return AutoConfig.for_model(name, **{**sizes, **changes})
+
+
+def _gemma(name: str, **changes: Any) -> Any:
+    return _config(name, head_dim=8, sliding_window=7, query_pre_attn_scalar=8, **changes)
+
+
+def _old(name: str, **sizes: Any) -> Any:
+    return AutoConfig.for_model(name, vocab_size=VOCABULARY, **sizes)
+
+
+_EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
+
+SHARING: dict[str, Callable[[], Any]] = {
+    "llama": lambda: _config("llama"),
+    "qwen2": lambda: _config("qwen2"),
+    "qwen3": lambda: _config("qwen3", head_dim=8),
+    "mistral with a window": lambda: _config("mistral", sliding_window=7),
+    "gemma2": lambda: _gemma("gemma2", attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    "gemma3": lambda: _gemma("gemma3_text"),
+    "phi3": lambda: _config("phi3"),
+    "olmo2": lambda: _config("olmo2"),
+    "gpt_neox": lambda: _config("gpt_neox"),
+    "gpt2": lambda: _old(
+        "gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+    "mixtral": lambda: _config("mixtral", num_local_experts=4, **_EXPERTS),
+    "qwen2_moe": lambda: _config(
+        "qwen2_moe", num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=24, **_EXPERTS
+    ),
+    "cohere2": lambda: _config("cohere2", sliding_window=7, head_dim=8),
+    "granite": lambda: _config(
+        "granite", attention_multiplier=0.3, logits_scaling=2.0, residual_multiplier=0.7, embedding_multiplier=2.0
+    ),
+    "gpt_oss": lambda: _config("gpt_oss", head_dim=8, sliding_window=7, num_local_experts=4, **_EXPERTS),
+    "llama4 with chunks": lambda: _config(
+        "llama4_text", head_dim=8, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=48
+    ),
+}
+"""Models whose tokens may share a prompt: attention does all of the mixing, and goes through transformers' interface."""
+
+PADDED: dict[str, Callable[[], Any]] = {
+    "mamba": lambda: _old("mamba", hidden_size=32, num_hidden_layers=2),
+    "lfm2": lambda: _config("lfm2", full_attn_idxs=[1, 3], block_auto_adjust_ff_dim=False),
+    "qwen3_next": lambda: _config(
+        "qwen3_next", head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=24,
+        **_EXPERTS,
+    ),
+    "bloom": lambda: _old("bloom", hidden_size=32, n_layer=2, n_head=4),
+    "opt": lambda: _old(
+        "opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
+        word_embed_proj_dim=32, dropout=0.0,
+    ),
+    "falcon with alibi": lambda: _old("falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+}  # fmt: skip
+"""Models that mix tokens in another way too (state, convolution, positions by index): they fall back."""
+
+
+def tiny_model(name: str, *, seed: int = 1) -> PreTrainedModel:
+    """The named model in float32 with random weights, norms and sinks moved off their neutral start, without dropout."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config({**SHARING, **PADDED}[name]()).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
