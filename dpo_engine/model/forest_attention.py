@@ -56,7 +56,7 @@ def use_forest_attention(model: PreTrainedModel) -> bool:
         return False
     _register(own)
     model.set_attn_implementation(_PREFIX + own)
-    return True
+    return has_forest_attention(model)  # a model that does not call attention through the interface keeps its own
 
 
 def has_forest_attention(model: PreTrainedModel) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from dpo_engine.batch.forest import ForestShape
+from dpo_engine.batch.forest import ForestShape, PreferenceForest
 from dpo_engine.errors import ModelError
 from dpo_engine.model.forest_attention import has_forest_attention, over_forest
 from dpo_engine.model.head import head_of, read_head_transform
@@ -70,6 +70,18 @@ def bind_scoring(model: PreTrainedModel) -> None:
     instance.forward = types.MethodType(_scoring_forward(model.forward), model)
     if not hasattr(model, "scoring_backend"):
         instance.scoring_backend = "auto"
+
+
+def forest_token_logps(model: nn.Module, forest: PreferenceForest) -> Tensor:
+    """(N,) float32 log-probs of a forest's scored tokens, in its order.
+
+    Args:
+        model: bound (`bind_scoring`), or a wrapper (PEFT, DDP) around such a model.
+        forest: on the model's device. One with a `shape` needs `use_forest_attention`.
+    """
+    return model(
+        input_ids=forest.input_ids, score_from=forest.score_from, labels=forest.labels, forest_shape=forest.shape
+    ).token_logps
 
 
 def unbind_scoring(model: PreTrainedModel) -> None:

@@ -60,17 +60,15 @@ SHARING: dict[str, Callable[[], Any]] = {
 
 PADDED: dict[str, Callable[[], Any]] = {
     "mamba": lambda: _old("mamba", hidden_size=32, num_hidden_layers=2),
-    "lfm2": lambda: _config("lfm2", full_attn_idxs=[1, 3], block_auto_adjust_ff_dim=False),
+    "lfm2": lambda: _config(
+        "lfm2", layer_types=["conv", "full_attention", "conv", "full_attention"], block_auto_adjust_ff_dim=False
+    ),
     "qwen3_next": lambda: _config(
         "qwen3_next", head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
         linear_value_head_dim=8, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=24,
         **_EXPERTS,
     ),
     "bloom": lambda: _old("bloom", hidden_size=32, n_layer=2, n_head=4),
-    "opt": lambda: _old(
-        "opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
-        word_embed_proj_dim=32, dropout=0.0,
-    ),
     "falcon with alibi": lambda: _old("falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
 }  # fmt: skip
 """Models that mix tokens in another way too (state, convolution, positions by index): they fall back."""

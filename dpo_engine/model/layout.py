@@ -1,0 +1,179 @@
+"""Which layout of a forest is this model right on? It is asked, not looked up.
+
+A small random forest is scored in the layout under test and, sequence by sequence, by the model's own unmodified
+forward. Windows and chunks are longer than any probe, so both are asked again with these shortened in the config. What
+does not agree falls back: `shared` to `packed` to `padded`, and the reason is one line.
+
+Where a model's rope depends on the longest position of a row (dynamic NTK, longrope), trees longer than its threshold
+are laid out alone: there a neighbour would change what they compute.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dpo_engine.batch.forest import build_forest
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.forest_attention import restore_attention, use_forest_attention
+from dpo_engine.model.probe import TOLERANCES
+from dpo_engine.model.scoring import decoder_of, forest_token_logps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARE_PROMPT = ("auto", "on", "off")
+_SHORT = 5  # tokens of a window or chunk while it is probed: shorter than the probe's sequences
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+_SIZES = ((9, (6, 11)), (7, (1, 5, 8)), (12, (10,)))  # prompt and completions of the probe's trees
+# What a model may raise when it is handed a forest it was not made for.
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How this model's batches are laid out."""
+
+    name: str
+    """One of `batch.LAYOUTS`."""
+    line: str
+    """What to tell the user."""
+    longest: int | None = None
+    """Sequences longer than this are laid out alone; None for no such limit."""
+
+
+@dataclass(frozen=True)
+class _Tree:
+    prompt_ids: list[int]
+    completions: list[list[int]]
+
+
+def choose_layout(model: PreTrainedModel, share_prompt: str = "auto") -> Layout:
+    """The first of `shared`, `packed`, `padded` that this model is right on, with forest attention in place if it needs it.
+
+    Args:
+        model: the causal language model itself, bound (`bind_scoring`).
+        share_prompt: "auto" and "on" begin with `shared`, "off" with `packed`; "on" refuses to fall back from it.
+
+    Raises:
+        ConfigError: `share_prompt` is unknown, or "on" and the model does not agree.
+    """
+    if share_prompt not in SHARE_PROMPT:
+        raise ConfigError(f"share_prompt={share_prompt!r}; expected one of {', '.join(SHARE_PROMPT)}")
+    longest = _rope_threshold(model)
+    reasons = []
+    for name in ("shared", "packed") if share_prompt != "off" else ("packed",):
+        reason = _disagreement(model, name)
+        if reason is None:
+            line = f"layout: {name}" + (f" ({'; '.join(reasons)})" if reasons else "")
+            return Layout(name=name, line=line, longest=longest)
+        reasons.append(f"not {name}: {reason}")
+        if share_prompt == "on":
+            raise ConfigError(f'share_prompt="on", but {reason}; use share_prompt="auto" to fall back')
+    restore_attention(model)
+    return Layout(name="padded", line=f"layout: padded ({'; '.join(reasons)})", longest=longest)
+
+
+def _disagreement(model: PreTrainedModel, layout: str) -> str | None:
+    """None where the layout gives the model's own numbers; else why not."""
+    if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
+        return f"{type(model).__name__} takes no position_ids"
+    if not use_forest_attention(model):
+        return f"attention {model.config._attn_implementation!r} cannot be called tree by tree"
+    for window in (None, *(name for name in _WINDOWS if _window(model, name) is not None)):
+        with _shortened(model, window):
+            reason = _compare(model, layout)
+        if reason is not None:
+            return reason + (f" with {window}={_SHORT}" if window else "")
+    return None
+
+
+def _compare(model: PreTrainedModel, layout: str) -> str | None:
+    trees = _probe_trees(model)
+    forest = build_forest(trees, layout).to(model.device)
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            want, largest = _one_by_one(model, trees)
+            try:
+                found = forest_token_logps(model, forest)
+            except _REFUSALS as error:
+                return f"{type(model).__name__} cannot run it ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    finally:
+        for module, mode in training:
+            module.training = mode
+    error = (found - want).abs() / (1 + largest)
+    at = int(error.nan_to_num(nan=math.inf).argmax())
+    tolerance = TOLERANCES.get(model.dtype, TOLERANCES[torch.bfloat16])
+    if float(error[at]) <= tolerance:
+        return None
+    return f"a log-prob is {float(found[at]):.6g} in it and {float(want[at]):.6g} by {type(model).__name__} alone"
+
+
+def _one_by_one(model: PreTrainedModel, trees: list[_Tree]) -> tuple[Tensor, float]:
+    """`(log-probs, largest |logit|)` by the model's own forward, a sequence a call."""
+    found, largest = [], 0.0
+    for tree in trees:
+        for completion in tree.completions:
+            sequence = torch.tensor([tree.prompt_ids + completion], device=model.device)
+            logits = model(input_ids=sequence, use_cache=False).logits[0, :-1].float()
+            largest = max(largest, float(logits.abs().max()))
+            logps = logits.log_softmax(-1).gather(1, sequence[0, 1:, None]).squeeze(1)
+            found.append(logps[len(tree.prompt_ids) - 1 :])
+    return torch.cat(found), largest
+
+
+def _probe_trees(model: PreTrainedModel) -> list[_Tree]:
+    config = model.config.get_text_config()
+    named = {**model.config.to_dict(), **config.to_dict()}
+    special = {v for k, v in named.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    ids = torch.tensor([i for i in range(min(config.vocab_size, 4096)) if i not in special] or [0])
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count: int) -> list[int]:
+        return ids[torch.randint(len(ids), (count,), generator=generator)].tolist()
+
+    return [_Tree(some(prompt), [some(n) for n in completions]) for prompt, completions in _SIZES]
+
+
+def _window(model: PreTrainedModel, name: str) -> int | None:
+    value = getattr(model.config.get_text_config(), name, None)
+    return value if isinstance(value, int) and value > _SHORT else None
+
+
+@contextmanager
+def _shortened(model: PreTrainedModel, name: str | None) -> Iterator[None]:
+    """Within it, the model's own config has a window that a probe can see; masks are made from the config at every call."""
+    if name is None:
+        yield
+        return
+    config = model.config.get_text_config()
+    kept = getattr(config, name)
+    setattr(config, name, _SHORT)
+    try:
+        yield
+    finally:
+        setattr(config, name, kept)
+
+
+def _rope_threshold(model: PreTrainedModel) -> int | None:
+    """Where the rope begins to depend on the longest position of a row; None where it never does."""
+    config = model.config.get_text_config()
+    parameters: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    thresholds = [
+        p.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for p in by_layer
+        if p.get("rope_type", p.get("type")) in ("dynamic", "longrope")
+    ]
+    return min(thresholds, default=None)
