@@ -1,10 +1,21 @@
 """Trees and the forests they are trained in."""
 
-from dpo_engine.batch.forest import PreferenceForest, ScoredTree, TokenTree, build_forest, sum_by_completion
-from dpo_engine.batch.packing import ForestCollator, PreferenceBatch, pack_trees, tree_cost
+from dpo_engine.batch.forest import (
+    LAYOUTS,
+    ForestShape,
+    PreferenceForest,
+    ScoredTree,
+    TokenTree,
+    build_forest,
+    sum_by_completion,
+    tree_cost,
+)
+from dpo_engine.batch.packing import ForestCollator, PreferenceBatch, pack_trees
 
 __all__ = [
+    "LAYOUTS",
     "ForestCollator",
+    "ForestShape",
     "PreferenceBatch",
     "PreferenceForest",
     "ScoredTree",

@@ -6,9 +6,10 @@ shifted and nothing is masked by token id, so a layout is free to put tokens whe
     shared   each prompt once, then its completions without their last tokens; trees end to end in one row
     packed   each completion behind a copy of its prompt; end to end in one row
     padded   each completion behind a copy of its prompt in a row of its own, rows of nearly one length on a sheet
+    alone    the same, every row on a sheet of its own, for models in which a longer neighbour changes what a row computes
 
 In the first two a token must not see other trees or other completions: `shape` says what it may see, and
-`model.forest_attention` makes it so. In `padded` the model's own causal attention is enough. Hidden rows are counted
+`model.forest_attention` makes it so. In the others the model's own causal attention is enough. Hidden rows are counted
 through all sheets, one after the other.
 """
 
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-LAYOUTS = ("shared", "packed", "padded")
+LAYOUTS = ("shared", "packed", "padded", "alone")
 
 
 class TokenTree(Protocol):
@@ -126,7 +127,10 @@ def build_forest(trees: Sequence[TokenTree], layout: str = "shared") -> Preferen
     if layout not in LAYOUTS:
         raise ValueError(f"build_forest: layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
     completions = [completion for index, tree in enumerate(trees) for completion in _completions(index, tree)]
-    sheets, shape, sources = _padded(completions) if layout == "padded" else _in_one_row(completions, layout == "shared")
+    if layout in ("shared", "packed"):
+        sheets, shape, sources = _in_one_row(completions, layout == "shared")
+    else:
+        sheets, shape, sources = _padded(completions, layout == "alone")
     lengths = tuple(len(completion.scored) for completion in completions)
     known = [logps for tree in trees for logps in getattr(tree, "reference_token_logps", ())]
     return PreferenceForest(
@@ -169,7 +173,7 @@ def _completions(index: int, tree: TokenTree) -> list[_Completion]:
 
 def _in_one_row(
     completions: Sequence[_Completion], shared: bool
-) -> tuple[tuple[Tensor], ForestShape, list[list[int]]]:
+) -> tuple[tuple[Tensor, ...], ForestShape | None, list[list[int]]]:
     """One row of tokens, what each may see, and the hidden row that predicts each scored token."""
     ids: list[int] = []
     positions: list[int] = []
@@ -201,7 +205,7 @@ def _in_one_row(
     return (torch.tensor([ids]),), shape, sources
 
 
-def _padded(completions: Sequence[_Completion]) -> tuple[tuple[Tensor, ...], None, list[list[int]]]:
+def _padded(completions: Sequence[_Completion], alone: bool) -> tuple[tuple[Tensor, ...], ForestShape | None, list[list[int]]]:
     """Sheets of rows within an eighth of one length, padded on the right with token 0.
 
     Under causal attention no scored token sees that padding.
@@ -209,7 +213,7 @@ def _padded(completions: Sequence[_Completion]) -> tuple[tuple[Tensor, ...], Non
     rows = [[*completion.prompt, *completion.inputs] for completion in completions]
     sheets: list[list[int]] = []  # indices of rows, longest first
     for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])):
-        if not sheets or 8 * len(rows[index]) < 7 * len(rows[sheets[-1][0]]):
+        if not sheets or alone or 8 * len(rows[index]) < 7 * len(rows[sheets[-1][0]]):
             sheets.append([])
         sheets[-1].append(index)
     tensors, starts, offset = [], [0] * len(rows), 0

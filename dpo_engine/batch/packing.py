@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dpo_engine.batch.forest import PreferenceForest, TokenTree, build_forest
+from dpo_engine.batch.forest import PreferenceForest, TokenTree, build_forest, tree_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,33 +29,41 @@ class PreferenceBatch:
         return replace(self, forests=tuple(forest.pin_memory() for forest in self.forests))
 
 
-def tree_cost(tree: TokenTree) -> int:
-    """Tokens that a tree takes in a forest: its prompt once per completion, and each completion but its last token."""
-    return sum(len(tree.prompt_ids) + len(completion) - 1 for completion in tree.completions)
-
-
-def pack_trees(trees: Sequence[TokenTree], max_tokens: int) -> list[list[TokenTree]]:
+def pack_trees(
+    trees: Sequence[TokenTree], max_tokens: int, layout: str = "shared", longest: int | None = None
+) -> list[list[TokenTree]]:
     """First-fit-decreasing: the costs of the trees of each list add up to at most `max_tokens`.
+
+    Args:
+        longest: trees with a sequence of more tokens than this get a list of their own.
 
     Raises:
         ValueError: a single tree is larger than the budget.
     """
     forests: list[list[TokenTree]] = []
     room: list[int] = []
-    for tree in sorted(trees, key=tree_cost, reverse=True):
-        cost = tree_cost(tree)
+    for tree in sorted(trees, key=lambda tree: tree_cost(tree, layout), reverse=True):
+        cost = tree_cost(tree, layout)
         if cost > max_tokens:
             raise ValueError(
                 f"a tree of {cost} tokens does not fit max_tokens_per_forest={max_tokens}; raise it or lower max_length"
             )
-        index = next((index for index, left in enumerate(room) if cost <= left), None)
+        alone = is_long(tree, longest)
+        index = None if alone else next((index for index, left in enumerate(room) if cost <= left), None)
         if index is None:
             forests.append([tree])
-            room.append(max_tokens - cost)
+            room.append(0 if alone else max_tokens - cost)
         else:
             forests[index].append(tree)
             room[index] -= cost
     return forests
+
+
+def is_long(tree: TokenTree, longest: int | None) -> bool:
+    """Whether one of the tree's sequences has more than `longest` tokens."""
+    if longest is None:
+        return False
+    return len(tree.prompt_ids) + max(len(completion) for completion in tree.completions) - 1 > longest
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,13 @@ class ForestCollator:
     """Collate function of a DataLoader: a list of trees becomes a `PreferenceBatch`."""
 
     max_tokens: int
+    layout: str = "shared"
+    longest: int | None = None
+    """Trees with longer sequences are laid out alone, each sequence on a sheet of its own."""
 
     def __call__(self, trees: Sequence[TokenTree]) -> PreferenceBatch:
-        forests = tuple(build_forest(members) for members in pack_trees(trees, self.max_tokens))
-        return PreferenceBatch(forests=forests, trees=len(trees))
+        forests = []
+        for members in pack_trees(trees, self.max_tokens, self.layout, self.longest):
+            alone = is_long(members[0], self.longest)
+            forests.append(build_forest(members, "alone" if alone else self.layout))
+        return PreferenceBatch(forests=tuple(forests), trees=len(trees))
