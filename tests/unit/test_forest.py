@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_engine.batch import ForestCollator, build_forest, pack_trees, sum_by_completion, tree_cost
+from dpo_engine.batch import LAYOUTS, ForestCollator, PreferenceForest, build_forest, pack_trees, sum_by_completion, tree_cost
 from dpo_engine.data import TokenizedTree
 
 
@@ -14,43 +14,91 @@ def tree(prompt: list[int], *completions: list[int]) -> TokenizedTree:
 TREES = [tree([1, 2, 3], [4, 5], [6, 7, 8, 9]), tree([10], [11], [12, 13]), tree([0, 0], [0, 0, 0], [0])]
 
 
-def test_every_scored_token_is_predicted_by_the_row_of_the_token_before_it() -> None:
-    forest = build_forest(TREES)
-    # Where each row of each sheet begins among all hidden rows, and what it holds.
-    begins, offset = {}, 0
-    for sheet in forest.input_ids:
-        for row in sheet.tolist():
-            begins[offset] = row
-            offset += len(row)
+def seen_from(forest: PreferenceForest, row: int) -> list[int]:
+    """The token ids that hidden row `row` may depend on, in order of position, its own token last."""
+    if forest.shape is None:
+        for sheet in forest.input_ids:
+            if row < sheet.numel():
+                index, column = divmod(row, sheet.shape[1])
+                return sheet[index, : column + 1].tolist()
+            row -= sheet.numel()
+        raise AssertionError("a hidden row past the last sheet")
+    ids, positions, branches = forest.input_ids[0][0], forest.shape.position_ids[0], forest.shape.branches
+    first, last = next(span for span in forest.shape.spans if span[0] <= row < span[1])
+    seen = [k for k in range(first, last) if positions[k] <= positions[row] and branches[k] in (-1, branches[row])]
+    assert [int(positions[k]) for k in seen] == list(range(len(seen))), "positions are not 0, 1, 2, ... along a path"
+    assert seen[-1] == row
+    return ids[seen].tolist()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_scored_token_is_predicted_from_its_own_prompt_and_completion_alone(layout: str) -> None:
+    forest = build_forest(TREES, layout)
     completions = [(t.prompt_ids, c) for t in TREES for c in t.completions]
-    start, used = 0, set()
+    start = 0
     for index, (prompt, completion) in enumerate(completions):
         span = slice(start, start + len(completion))
         assert forest.labels[span].tolist() == completion
         assert forest.completion_ids[span].tolist() == [index] * len(completion)
         for position, source in enumerate(forest.score_from[span].tolist()):
-            begin = max(b for b in begins if b <= source)
-            used.add(begin)
-            # Everything from the row's start up to the predicting token is the sequence itself.
-            assert begins[begin][: source - begin + 1] == [*prompt, *completion[:position]]
+            assert seen_from(forest, source) == [*prompt, *completion[:position]]
         start += len(completion)
     assert start == len(forest.labels) == len(forest.score_from)
-    assert len(used) == len(completions) == len(begins)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_tokens_that_a_mask_names_are_scored(layout: str) -> None:
+    """Two assistant turns with a user's between them."""
+
+    class Masked:
+        prompt_ids = (1, 2)
+        completions = ((3, 4, 5, 6, 7), (8, 9))
+        scored = ((True, True, False, False, True), (False, True))
+
+    forest = build_forest([TREES[0], Masked()], layout)
+    assert forest.lengths == (2, 4, 3, 1)
+    assert forest.labels[6:].tolist() == [3, 4, 7, 9]
+    wanted = [[1, 2], [1, 2, 3], [1, 2, 3, 4, 5, 6], [1, 2, 8]]
+    assert [seen_from(forest, row) for row in forest.score_from[6:].tolist()] == wanted
+
+
+@pytest.mark.parametrize("mask", [((True,), (True, True)), ((False, False), (True, True))])
+def test_a_mask_that_does_not_fit_or_scores_nothing_is_refused(mask: tuple) -> None:
+    class Masked:
+        prompt_ids = (1, 2)
+        completions = ((3, 4), (8, 9))
+        scored = mask
+
+    with pytest.raises(ValueError, match=r"tree 0 has a completion of 2 tokens with a mask of .*expected one entry a token"):
+        build_forest([Masked()])
+
+
+def test_a_shared_prompt_stands_once() -> None:
+    forest = build_forest(TREES)
+    assert forest.input_ids[0].tolist() == [[1, 2, 3, 4, 6, 7, 8, 10, 12, 0, 0, 0, 0]]
+    assert forest.shape is not None
+    assert forest.shape.spans == ((0, 7), (7, 9), (9, 13))
+
+
+def test_sequences_that_must_be_alone_have_a_sheet_each() -> None:
+    assert [tuple(sheet.shape) for sheet in build_forest([TREES[1]], "alone").input_ids] == [(1, 2), (1, 1)]
 
 
 def test_at_most_an_eighth_of_a_row_is_padding() -> None:
     trees = [tree([1] * p, [2] * (p % 7 + 1), [3] * (3 * p % 11 + 1)) for p in range(1, 60)]
-    forest = build_forest(trees)
+    forest = build_forest(trees, "padded")
     assert forest.tokens <= sum(sheet.numel() for sheet in forest.input_ids) <= forest.tokens * 8 / 7
 
 
-def test_the_forest_counts_trees_completions_and_tokens() -> None:
-    forest = build_forest(TREES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_forest_counts_trees_completions_and_tokens(layout: str) -> None:
+    forest = build_forest(TREES, layout)
     assert forest.trees == 3
     assert forest.tree_ids.tolist() == [0, 0, 1, 1, 2, 2]
     assert forest.lengths == (2, 4, 1, 2, 3, 1)
     # The last token of a completion is a label, never an input.
-    assert forest.tokens == (3 + 1) + (3 + 3) + (1 + 0) + (1 + 1) + (2 + 2) + (2 + 0)
+    again = 0 if layout == "shared" else 3 + 1 + 2
+    assert forest.tokens == (3 + 1 + 3) + (1 + 0 + 1) + (2 + 2 + 0) + again
 
 
 def test_sum_by_completion_adds_up_what_completion_ids_say() -> None:
@@ -60,7 +108,7 @@ def test_sum_by_completion_adds_up_what_completion_ids_say() -> None:
     torch.testing.assert_close(sum_by_completion(values, forest.lengths), expected)
 
 
-@pytest.mark.parametrize("bad", [tree([], [1], [2]), tree([1], [], [2])])
+@pytest.mark.parametrize("bad", [tree([], [1], [2]), tree([1], [], [2]), tree([1])])
 def test_an_empty_prompt_or_completion_is_refused(bad: TokenizedTree) -> None:
     with pytest.raises(ValueError, match=r"tree 1 has .* expected at least one token in each"):
         build_forest([TREES[0], bad])
@@ -71,16 +119,17 @@ def test_no_tree_is_refused() -> None:
         build_forest([])
 
 
-def test_packing_keeps_every_tree_once_and_every_forest_within_the_budget() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packing_keeps_every_tree_once_and_every_forest_within_the_budget(layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
     trees = [
         tree([1] * int(p), [2] * int(a), [3] * int(b))
         for p, a, b in torch.randint(1, 40, (50, 3), generator=generator).tolist()
     ]
-    forests = pack_trees(trees, max_tokens=300)
+    forests = pack_trees(trees, max_tokens=300, layout=layout)
     assert sorted(id(t) for members in forests for t in members) == sorted(map(id, trees))
     for members in forests:
-        assert build_forest(members).tokens <= 300
+        assert build_forest(members, layout).tokens <= 300
     assert len(forests) < len(trees) / 2
 
 
@@ -89,6 +138,13 @@ def test_a_tree_over_the_budget_is_refused_with_both_numbers() -> None:
         ValueError, match=rf"a tree of {tree_cost(TREES[0])} tokens does not fit max_tokens_per_forest=5"
     ):
         pack_trees(TREES, max_tokens=5)
+
+
+def test_trees_past_the_longest_are_laid_out_alone() -> None:
+    batch = ForestCollator(1000, "shared", longest=5)(TREES)
+    layouts = {forest.layout: forest for forest in batch.forests}
+    assert layouts.keys() == {"shared", "alone"}
+    assert layouts["alone"].trees == 1 and layouts["alone"].lengths == (2, 4)  # 3 + 4 - 1 tokens
 
 
 def test_the_collator_gives_the_same_batch_on_every_call() -> None:
