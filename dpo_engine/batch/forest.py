@@ -205,7 +205,9 @@ def _in_one_row(
     return (torch.tensor([ids]),), shape, sources
 
 
-def _padded(completions: Sequence[_Completion], alone: bool) -> tuple[tuple[Tensor, ...], ForestShape | None, list[list[int]]]:
+def _padded(
+    completions: Sequence[_Completion], alone: bool
+) -> tuple[tuple[Tensor, ...], ForestShape | None, list[list[int]]]:
     """Sheets of rows within an eighth of one length, padded on the right with token 0.
 
     Under causal attention no scored token sees that padding.

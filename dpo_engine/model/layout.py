@@ -71,7 +71,7 @@ def choose_layout(model: PreTrainedModel, share_prompt: str = "auto") -> Layout:
     if share_prompt not in SHARE_PROMPT:
         raise ConfigError(f"share_prompt={share_prompt!r}; expected one of {', '.join(SHARE_PROMPT)}")
     longest = _rope_threshold(model)
-    reasons = []
+    reasons: list[str] = []
     for name in ("shared", "packed") if share_prompt != "off" else ("packed",):
         reason = _disagreement(model, name)
         if reason is None:
@@ -111,8 +111,9 @@ def _compare(model: PreTrainedModel, layout: str) -> str | None:
             want = _one_by_one(model, trees)
             try:
                 found = forest_token_logps(model, forest)
-            except _REFUSALS as error:
-                return f"{type(model).__name__} cannot run it ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            except _REFUSALS as refusal:
+                why = " ".join(str(refusal).split())[:120]
+                return f"{type(model).__name__} cannot run it ({type(refusal).__name__}: {why})"
     finally:
         for module, mode in training:
             module.training = mode

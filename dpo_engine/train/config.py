@@ -11,6 +11,7 @@ from dpo_engine.data.templates import CHAT_TEMPLATE_CHOICES
 from dpo_engine.data.truncation import TRUNCATIONS
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import get_method
+from dpo_engine.model.layout import SHARE_PROMPT
 from dpo_engine.ops import BACKENDS
 
 DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
@@ -51,6 +52,12 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Tokens computed at once: memory and speed only, never the result."},
     )
+    share_prompt: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute each prompt once for all its completions: auto (where the model, probed, agrees), on or off."
+        },
+    )
     backend: str = field(
         default="auto",
         metadata={"help": "How log-probs are computed: auto (what `dpo-engine doctor` measured), tiled, triton, ..."},
@@ -84,8 +91,12 @@ class DPOConfig(TrainingArguments):
             self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, or none"
         )
         require(self.truncation in TRUNCATIONS, "truncation", self.truncation, f"one of {', '.join(TRUNCATIONS)}")
-        # YAML reads on and off as booleans.
-        self.chat_template = {"true": "on", "false": "off"}.get(str(self.chat_template).lower(), self.chat_template)
+        for name in ("chat_template", "share_prompt"):  # YAML reads on and off as booleans
+            value = getattr(self, name)
+            setattr(self, name, {"true": "on", "false": "off"}.get(str(value).lower(), value))
+        require(
+            self.share_prompt in SHARE_PROMPT, "share_prompt", self.share_prompt, f"one of {', '.join(SHARE_PROMPT)}"
+        )
         choices = CHAT_TEMPLATE_CHOICES
         require(self.chat_template in choices, "chat_template", self.chat_template, f"one of {', '.join(choices)}")
         require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from dpo_engine.batch import (
+    LAYOUTS,
     ForestCollator,
     PreferenceBatch,
     PreferenceForest,
     ScoredTree,
     TokenTree,
-    build_forest,
     pack_trees,
     sum_by_completion,
     tree_cost,
@@ -35,8 +35,9 @@ from dpo_engine.errors import ConfigError, DataError, TrainingError
 from dpo_engine.losses import PairStats, get_method
 from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, reference_of
 from dpo_engine.model.head import head_of
+from dpo_engine.model.layout import Layout, choose_layout
 from dpo_engine.model.probe import probe_head
-from dpo_engine.model.scoring import bind_scoring
+from dpo_engine.model.scoring import bind_scoring, forest_token_logps
 from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend, write_state
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.metrics import MetricSums, pair_metrics
@@ -101,11 +102,10 @@ class DPOTrainer(Trainer):
         self._train_metrics = MetricSums()
         train_data = _tokenized(train_dataset, processing_class, args, "train_dataset")
         eval_data = _tokenized(eval_dataset, processing_class, args, "eval_dataset")
-        self.max_tokens_per_forest = _forest_budget(args, [train_data, eval_data])
         super().__init__(
             model=model,
             args=args,
-            data_collator=ForestCollator(self.max_tokens_per_forest),  # type: ignore[arg-type]
+            data_collator=ForestCollator(0),  # type: ignore[arg-type]  # until the model has been asked how to lay out
             train_dataset=train_data,
             eval_dataset=eval_data,
             processing_class=processing_class,
@@ -113,6 +113,9 @@ class DPOTrainer(Trainer):
         )
         if self.reference is not None:
             self.reference.to(args.device)
+        self.layout = self._choose_layout(causal)
+        self.max_tokens_per_forest = _forest_budget(args, [train_data, eval_data], self.layout.name)
+        self.data_collator = ForestCollator(self.max_tokens_per_forest, self.layout.name, self.layout.longest)  # type: ignore[assignment]
         self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
         if self.reference is not None and ref_model is not None:
@@ -131,6 +134,15 @@ class DPOTrainer(Trainer):
         else:
             bind_scoring(_causal_model(ref_model))
         return ref_model.requires_grad_(False).eval()
+
+    def _choose_layout(self, causal: PreTrainedModel) -> Layout:
+        """The layout that the policy, and a reference of its own, are right on."""
+        layout = choose_layout(causal, self.config.share_prompt)
+        if self.reference is not None:
+            other = choose_layout(_causal_model(self.reference), self.config.share_prompt)
+            layout = max(layout, other, key=lambda layout: LAYOUTS.index(layout.name))
+        logger.info(layout.line)
+        return layout
 
     # ---- the backend ----
 
@@ -184,9 +196,7 @@ class DPOTrainer(Trainer):
     def _token_logps(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
         """(N,) log-probs of the forest's scored tokens under `model`."""
         with self.accelerator.autocast():
-            return model(
-                input_ids=forest.input_ids, score_from=forest.score_from, labels=forest.labels
-            ).token_logps.float()
+            return forest_token_logps(model, forest).float()
 
     def _reference_token_logps(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
         """The same under the reference: eval mode, no gradient, adapters off."""
@@ -246,11 +256,12 @@ class DPOTrainer(Trainer):
     def _scored_trees(self, data: Sequence[TokenTree], name: str) -> list[ScoredTree]:
         """`data`, in its order, with reference log-probs; forward only, in forests of like lengths."""
         assert self.model is not None
-        forests = pack_trees(data, self.max_tokens_per_forest)
+        collator: Any = self.data_collator
+        forests = pack_trees(data, self.max_tokens_per_forest, self.layout.name, self.layout.longest)
         scored: dict[int, ScoredTree] = {}
         with tqdm(total=len(data), desc=f"reference, {name}", unit="pair", disable=self.args.disable_tqdm) as bar:
             for trees in forests:
-                forest = build_forest(trees).to(self.args.device)
+                (forest,) = collator(trees).to(self.args.device).forests
                 by_completion = iter(self._reference_token_logps(self.model, forest).cpu().split(list(forest.lengths)))
                 for tree in trees:
                     scored[id(tree)] = ScoredTree(
@@ -397,15 +408,16 @@ def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DP
     return tokenize_pairs(dataset, tokenizer, **args.pair_options())
 
 
-def _forest_budget(args: DPOConfig, datasets: Sequence[PairData | None]) -> int:
+def _forest_budget(args: DPOConfig, datasets: Sequence[PairData | None], layout: str) -> int:
     """`max_tokens_per_forest`, or this device's default raised to the largest tree."""
     trees = [tree for data in datasets if data is not None for tree in data]
-    largest = max(trees, key=tree_cost, default=None)
+    largest = max(trees, key=lambda tree: tree_cost(tree, layout), default=None)
+    most = tree_cost(largest, layout) if largest else 0
     if args.max_tokens_per_forest is None:
-        return max(_FOREST_TOKENS.get(args.device.type, 8192), tree_cost(largest) if largest else 0)
-    if largest and tree_cost(largest) > args.max_tokens_per_forest:
+        return max(_FOREST_TOKENS.get(args.device.type, 8192), most)
+    if largest and most > args.max_tokens_per_forest:
         raise DataError(
-            f"{largest.origin}: the pair takes {tree_cost(largest)} tokens, more than "
+            f"{largest.origin}: the pair takes {most} tokens, more than "
             f"max_tokens_per_forest={args.max_tokens_per_forest}; raise it, or set max_length to truncate"
         )
     return args.max_tokens_per_forest

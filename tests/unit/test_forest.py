@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from dpo_engine.batch import LAYOUTS, ForestCollator, PreferenceForest, build_forest, pack_trees, sum_by_completion, tree_cost
+from dpo_engine.batch import (
+    LAYOUTS,
+    ForestCollator,
+    PreferenceForest,
+    build_forest,
+    pack_trees,
+    sum_by_completion,
+    tree_cost,
+)
 from dpo_engine.data import TokenizedTree
 
 
@@ -69,7 +77,9 @@ def test_a_mask_that_does_not_fit_or_scores_nothing_is_refused(mask: tuple) -> N
         completions = ((3, 4), (8, 9))
         scored = mask
 
-    with pytest.raises(ValueError, match=r"tree 0 has a completion of 2 tokens with a mask of .*expected one entry a token"):
+    with pytest.raises(
+        ValueError, match=r"tree 0 has a completion of 2 tokens with a mask of .*expected one entry a token"
+    ):
         build_forest([Masked()])
 
 
