@@ -14,25 +14,35 @@ _HOME = {
     "DPOConfig": "dpo_engine.train.config",
     "DPOTrainer": "dpo_engine.train.trainer",
     "PreferenceForest": "dpo_engine.batch",
+    "Tree": "dpo_engine.batch",
+    "build_forest": "dpo_engine.batch",
     "dpo_loss": "dpo_engine.losses",
+    "forest_token_logps": "dpo_engine.model.scoring",
     "linear_kl": "dpo_engine.ops",
     "linear_logps": "dpo_engine.ops",
     "linear_preference_loss": "dpo_engine.ops",
+    "prepare_model": "dpo_engine.model.layout",
 }
 
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "PreferenceForest",
+    "Tree",
+    "build_forest",
     "dpo_loss",
+    "forest_token_logps",
     "linear_kl",
     "linear_logps",
     "linear_preference_loss",
+    "prepare_model",
 ]
 
 if TYPE_CHECKING:
-    from dpo_engine.batch import PreferenceForest
+    from dpo_engine.batch import PreferenceForest, Tree, build_forest
     from dpo_engine.losses import dpo_loss
+    from dpo_engine.model.layout import prepare_model
+    from dpo_engine.model.scoring import forest_token_logps
     from dpo_engine.ops import linear_kl, linear_logps, linear_preference_loss
     from dpo_engine.train.config import DPOConfig
     from dpo_engine.train.trainer import DPOTrainer

@@ -28,8 +28,12 @@ LAYOUTS = ("shared", "packed", "padded", "alone")
 class TokenTree(Protocol):
     """One prompt and its completions as token ids; `dpo_engine.data.TokenizedTree` is one.
 
-    It may also have `scored`, a sequence of bools per completion: which of its tokens are scored (all, without it), as
-    in a completion of several turns of which the user's are not.
+    It may also have what `Tree` has:
+
+        scored              a sequence of bools per completion: which of its tokens are scored (all, without it), as in a
+                            completion of several turns of which the user's are not
+        token_weights       a sequence of numbers per completion, one a token: what its log-prob counts in the sum (1)
+        completion_weights  a number per completion: what it counts in the loss (1); a pair counts their mean
     """
 
     @property
@@ -40,14 +44,20 @@ class TokenTree(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredTree:
-    """A tree with the log-probs of its completions under the reference, computed before."""
+class Tree:
+    """A `TokenTree` with everything it may have."""
 
     prompt_ids: Sequence[int]
     completions: Sequence[Sequence[int]]
-    reference_token_logps: Sequence[Tensor]
-    """One (scored tokens of the completion,) float32 for each completion, on the CPU."""
     scored: Sequence[Sequence[bool]] | None = None
+    token_weights: Sequence[Sequence[float]] | None = None
+    completion_weights: Sequence[float] | None = None
+    reference_token_logps: Sequence[Tensor] | None = None
+    """One (scored tokens of the completion,) float32 for each completion, on the CPU: the reference, asked before."""
+
+
+TreeLike = TokenTree | tuple[Sequence[int], Sequence[Sequence[int]]]
+"""A tree, or its prompt's ids and a list of its completions' ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +83,9 @@ class PreferenceForest:
     labels: Tensor  # (N,) vocabulary ids
     completion_ids: Tensor  # (N,) ascending, in [0, C)
     reference_token_logps: Tensor | None  # (N,) float32; None where the reference is yet to be asked
+    token_weights: Tensor | None  # (N,) float32; None where every token counts 1
     tree_ids: Tensor  # (C,) ascending, in [0, T)
+    completion_weights: Tensor | None  # (C,) float32; None where every completion counts 1
     trees: int
     """T."""
     lengths: tuple[int, ...]
@@ -108,6 +120,8 @@ class _Completion:
     prompt: Sequence[int]
     ids: Sequence[int]
     scored: Sequence[int]  # which of `ids`
+    token_weights: Sequence[float] | None  # one for each of `ids`
+    weight: float | None
 
     @property
     def inputs(self) -> Sequence[int]:
@@ -115,8 +129,12 @@ class _Completion:
         return self.ids[:-1]
 
 
-def build_forest(trees: Sequence[TokenTree], layout: str = "shared") -> PreferenceForest:
-    """Lay trees out.
+def build_forest(trees: Sequence[TreeLike], layout: str = "shared") -> PreferenceForest:
+    """Lay trees out, in their order.
+
+    Args:
+        trees: of any numbers of completions: 1 (unpaired), 2 (a pair, chosen first), more (a ranked list, a group).
+        layout: one of `LAYOUTS`; `prepare_model` finds the one that a model is right on.
 
     Raises:
         ValueError: no tree, an unknown layout, an empty prompt (nothing would predict the first token), an empty completion,
@@ -126,13 +144,14 @@ def build_forest(trees: Sequence[TokenTree], layout: str = "shared") -> Preferen
         raise ValueError("build_forest: no trees were given; expected at least one")
     if layout not in LAYOUTS:
         raise ValueError(f"build_forest: layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
+    trees = [as_tree(tree) for tree in trees]
     completions = [completion for index, tree in enumerate(trees) for completion in _completions(index, tree)]
     if layout in ("shared", "packed"):
         sheets, shape, sources = _in_one_row(completions, layout == "shared")
     else:
         sheets, shape, sources = _padded(completions, layout == "alone")
     lengths = tuple(len(completion.scored) for completion in completions)
-    known = [logps for tree in trees for logps in getattr(tree, "reference_token_logps", ())]
+    known = [logps for tree in trees for logps in getattr(tree, "reference_token_logps", None) or ()]
     return PreferenceForest(
         layout=layout,
         input_ids=sheets,
@@ -141,34 +160,76 @@ def build_forest(trees: Sequence[TokenTree], layout: str = "shared") -> Preferen
         labels=torch.tensor([c.ids[i] for c in completions for i in c.scored]),
         completion_ids=torch.repeat_interleave(torch.arange(len(completions)), torch.tensor(lengths)),
         reference_token_logps=torch.cat(known) if len(known) == len(completions) else None,
+        token_weights=_weights(
+            [[c.token_weights[i] for i in c.scored] if c.token_weights else None for c in completions], lengths
+        ),
         tree_ids=torch.tensor([completion.tree for completion in completions]),
+        completion_weights=_weights(
+            [None if c.weight is None else [c.weight] for c in completions], [1] * len(lengths)
+        ),
         trees=len(trees),
         lengths=lengths,
         tokens=sum(tree_cost(tree, layout) for tree in trees),
     )
 
 
-def tree_cost(tree: TokenTree, layout: str = "shared") -> int:
+def as_tree(tree: TreeLike) -> TokenTree:
+    """The tree itself, or that of `(prompt_ids, completions)`."""
+    return Tree(prompt_ids=tree[0], completions=tree[1]) if isinstance(tree, tuple) else tree
+
+
+def tree_cost(tree: TreeLike, layout: str = "shared") -> int:
     """Tokens that a tree takes: its prompt once (`shared`) or once per completion, and each completion but its last token."""
+    tree = as_tree(tree)
     prompts = 1 if layout == "shared" else len(tree.completions)
     return prompts * len(tree.prompt_ids) + sum(len(completion) - 1 for completion in tree.completions)
+
+
+def _weights(given: Sequence[Sequence[float] | None], lengths: Sequence[int]) -> Tensor | None:
+    """All weights end to end, 1 where a completion has none; None where none has any."""
+    if all(weights is None for weights in given):
+        return None
+    filled = [[1.0] * length if weights is None else weights for weights, length in zip(given, lengths, strict=True)]
+    return torch.tensor([weight for weights in filled for weight in weights])
 
 
 def _completions(index: int, tree: TokenTree) -> list[_Completion]:
     if not tree.prompt_ids or not tree.completions or not all(tree.completions):
         given = f"{len(tree.prompt_ids)} prompt tokens, completions of {[len(c) for c in tree.completions]} tokens"
         raise ValueError(f"build_forest: tree {index} has {given}; expected at least one token in each")
-    masks = getattr(tree, "scored", None) or [[True] * len(ids) for ids in tree.completions]
+    count = len(tree.completions)
+    masks = _one_each(index, tree, "scored") or [[True] * len(ids) for ids in tree.completions]
+    weights = _one_each(index, tree, "completion_weights") or [None] * count
+    token_weights = _one_each(index, tree, "token_weights") or [None] * count
     found = []
-    for ids, mask in zip(tree.completions, masks, strict=True):
+    for ids, mask, weight, by_token in zip(tree.completions, masks, weights, token_weights, strict=True):
         scored = [i for i, counts in enumerate(mask) if counts]
         if len(mask) != len(ids) or not scored:
             raise ValueError(
                 f"build_forest: tree {index} has a completion of {len(ids)} tokens with a mask of {len(mask)} that scores "
                 f"{len(scored)}; expected one entry a token, and at least one that is scored"
             )
-        found.append(_Completion(tree=index, prompt=tree.prompt_ids, ids=ids, scored=scored))
+        if by_token is not None and len(by_token) != len(ids):
+            raise ValueError(
+                f"build_forest: tree {index} has a completion of {len(ids)} tokens with {len(by_token)} token_weights; "
+                "expected one a token"
+            )
+        found.append(
+            _Completion(
+                tree=index, prompt=tree.prompt_ids, ids=ids, scored=scored, token_weights=by_token, weight=weight
+            )
+        )
     return found
+
+
+def _one_each(index: int, tree: TokenTree, name: str) -> Sequence[Any] | None:
+    """An optional attribute that has an entry for every completion."""
+    given = getattr(tree, name, None)
+    if given is not None and len(given) != len(tree.completions):
+        raise ValueError(
+            f"build_forest: tree {index} has {len(tree.completions)} completions and {len(given)} {name}; expected as many"
+        )
+    return given
 
 
 def _in_one_row(
@@ -232,9 +293,10 @@ def _padded(
     return tuple(tensors), None, sources
 
 
-def sum_by_completion(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
-    """`sums[c] = sum(token_logps[completion_ids == c])`: (N,), C lengths -> (C,).
+def sum_by_completion(token_logps: Tensor, lengths: Sequence[int], token_weights: Tensor | None = None) -> Tensor:
+    """`sums[c] = sum((token_weights * token_logps)[completion_ids == c])`: (N,), C lengths, (N,) -> (C,).
 
     By slices, since `completion_ids` is ascending: exact in order on every device, where a scatter-add on CUDA is not.
     """
-    return torch.stack([part.sum() for part in token_logps.split(list(lengths))])
+    counted = token_logps if token_weights is None else token_weights * token_logps
+    return torch.stack([part.sum() for part in counted.split(list(lengths))])

@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dpo_engine.batch.forest import PreferenceForest, TokenTree, build_forest, tree_cost
+from dpo_engine.batch.forest import PreferenceForest, TokenTree, TreeLike, as_tree, build_forest, tree_cost
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceBatch:
-    """The trees of one micro-batch, packed."""
+    """The trees of one optimiser step on one rank, packed."""
 
     forests: tuple[PreferenceForest, ...]
     trees: int
+    idle: int = 0
+    """Forests without weight that are run beside them, because another rank has so many more."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The same batch on another device."""
@@ -30,7 +32,7 @@ class PreferenceBatch:
 
 
 def pack_trees(
-    trees: Sequence[TokenTree], max_tokens: int, layout: str = "shared", longest: int | None = None
+    trees: Sequence[TreeLike], max_tokens: int, layout: str = "shared", longest: int | None = None
 ) -> list[list[TokenTree]]:
     """First-fit-decreasing: the costs of the trees of each list add up to at most `max_tokens`.
 
@@ -42,7 +44,7 @@ def pack_trees(
     """
     forests: list[list[TokenTree]] = []
     room: list[int] = []
-    for tree in sorted(trees, key=lambda tree: tree_cost(tree, layout), reverse=True):
+    for tree in sorted(map(as_tree, trees), key=lambda tree: tree_cost(tree, layout), reverse=True):
         cost = tree_cost(tree, layout)
         if cost > max_tokens:
             raise ValueError(
@@ -68,14 +70,14 @@ def is_long(tree: TokenTree, longest: int | None) -> bool:
 
 @dataclass(frozen=True)
 class ForestCollator:
-    """Collate function of a DataLoader: a list of trees becomes a `PreferenceBatch`."""
+    """A list of trees becomes a `PreferenceBatch`; a collate function for a DataLoader of one's own."""
 
     max_tokens: int
     layout: str = "shared"
     longest: int | None = None
     """Trees with longer sequences are laid out alone, each sequence on a sheet of its own."""
 
-    def __call__(self, trees: Sequence[TokenTree]) -> PreferenceBatch:
+    def __call__(self, trees: Sequence[TreeLike]) -> PreferenceBatch:
         forests = []
         for members in pack_trees(trees, self.max_tokens, self.layout, self.longest):
             alone = is_long(members[0], self.longest)

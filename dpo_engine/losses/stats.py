@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PairStats:
-    """Sums over the scored tokens of B pairs; every field is (B,) float32, log-probs in nats, lengths in tokens."""
+    """Sums over the scored tokens of B pairs; fields are (B,) float32 but for `baseline`; log-probs in nats, lengths in tokens."""
 
     chosen_logps: Tensor
     """`sum_t log pi(y_t)` of the chosen completion under the policy."""
@@ -21,3 +21,7 @@ class PairStats:
     chosen_lengths: Tensor
     """Scored tokens of the chosen completion, its end-of-sequence token included."""
     rejected_lengths: Tensor
+    weights: Tensor | None = None
+    """What each pair's loss counts in a step's mean; None: 1. For whoever averages: no loss reads it."""
+    baseline: Tensor | None = None
+    """() what rewards are compared with, for a method that has a `baseline`; None: what the pairs given here say of it."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dpo_engine.errors import ConfigError
-from dpo_engine.losses.pairwise import dpo_loss
+from dpo_engine.losses.pairwise import bco_loss, bco_rewards, dpo_loss
 from dpo_engine.losses.stats import PairStats
 
 
@@ -25,25 +25,41 @@ class Method:
     """`start(config)`: its value where the policy is the reference."""
     needs: type = PairStats
     needs_reference: bool = True
+    beta: float = 0.1
+    """What `beta` is where it is not given."""
+    uses: frozenset[str] = frozenset()
+    """Its own parameters beside `beta`; giving another is refused."""
+    whole_step: bool = False
+    """Its examples depend on each other: it is given all pairs of an optimiser step, over all forests and ranks, at once."""
+    baseline: Callable[[PairStats, Any], Tensor] | None = None
+    """`baseline(stats, config) -> (B,)`, what `stats.baseline` is the running mean of, over all pairs since the run began."""
 
     def __call__(self, stats: PairStats, config: Any) -> Tensor:
         return self.loss(stats, config)
 
 
-def _dpo(stats: PairStats, config: Any) -> Tensor:
+def _sums(stats: PairStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four sums that a method with a reference compares."""
     assert stats.reference_chosen_logps is not None and stats.reference_rejected_logps is not None
-    return dpo_loss(
-        stats.chosen_logps,
-        stats.rejected_logps,
-        stats.reference_chosen_logps,
-        stats.reference_rejected_logps,
-        config.beta,
-        config.label_smoothing,
-    )
+    return stats.chosen_logps, stats.rejected_logps, stats.reference_chosen_logps, stats.reference_rejected_logps
+
+
+def _dpo(stats: PairStats, config: Any) -> Tensor:
+    return dpo_loss(*_sums(stats), config.beta, config.label_smoothing)
+
+
+def _bco(stats: PairStats, config: Any) -> Tensor:
+    delta = _bco_rewards(stats, config).mean() if stats.baseline is None else stats.baseline
+    return bco_loss(*_sums(stats), config.beta, delta)
+
+
+def _bco_rewards(stats: PairStats, config: Any) -> Tensor:
+    return bco_rewards(*_sums(stats), config.beta)
 
 
 LOSSES: dict[str, Method] = {
-    "dpo": Method(loss=_dpo, start=lambda config: math.log(2)),
+    "dpo": Method(loss=_dpo, start=lambda config: math.log(2), uses=frozenset({"label_smoothing"})),
+    "bco": Method(loss=_bco, start=lambda config: 2 * math.log(2), beta=0.01, whole_step=True, baseline=_bco_rewards),
 }
 
 

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_engine.batch.forest import build_forest
 from dpo_engine.errors import ConfigError
+from dpo_engine.model.adapters import is_peft_model
 from dpo_engine.model.forest_attention import restore_attention, use_forest_attention
-from dpo_engine.model.probe import TOLERANCES
-from dpo_engine.model.scoring import decoder_of, forest_token_logps
+from dpo_engine.model.probe import TOLERANCES, probe_head
+from dpo_engine.model.scoring import bind_scoring, decoder_of, forest_token_logps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +57,28 @@ class Layout:
 class _Tree:
     prompt_ids: list[int]
     completions: list[list[int]]
+
+
+def prepare_model(model: nn.Module, share_prompt: str = "auto") -> Layout:
+    """Make a model score forests (`forest_token_logps`), and find the layout it is right on.
+
+    Args:
+        model: a causal language model, or a `PeftModel` around one; before DDP or FSDP2 wrap it. Its own `forward` and
+            `generate` go on as before.
+        share_prompt: as for `choose_layout`.
+
+    Returns:
+        The layout; its `name` is for `build_forest`.
+
+    Raises:
+        ModelError: its head cannot be reproduced.
+        ConfigError: `share_prompt` is unknown, or "on" and the model does not agree.
+    """
+    causal: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
+    bind_scoring(causal)
+    layout = choose_layout(causal, share_prompt)
+    probe_head(causal)
+    return layout
 
 
 def choose_layout(model: PreTrainedModel, share_prompt: str = "auto") -> Layout:

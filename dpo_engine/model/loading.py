@@ -11,6 +11,7 @@ Nothing that comes with a model is run: weights are safetensors, and a config th
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -192,7 +193,14 @@ def cpu_has_bf16() -> bool:
     return cpu_multiplies_bfloat16()
 
 
-def load_model(path: str, *, dtype: torch.dtype, trainable: bool) -> PreTrainedModel:
+def load_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    trainable: bool,
+    in_4bit: bool = False,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
     """The causal language model at `path`, in eval mode.
 
     Args:
@@ -200,14 +208,18 @@ def load_model(path: str, *, dtype: torch.dtype, trainable: bool) -> PreTrainedM
         dtype: of frozen weights. Weights that train are float32 whatever this says, and computed under autocast: in bfloat16
             an update smaller than 1/256 of a weight would be lost.
         trainable: True for full fine-tuning; False freezes every parameter.
+        in_4bit: linear layers but the head become NF4 with double quantisation, multiplied in `dtype`; not with `trainable`.
+        device: where 4-bit weights are put as they are read; other models are loaded on the CPU.
 
     Raises:
+        ConfigError: `in_4bit` without bitsandbytes, or with `trainable`.
         ModelError: no safetensors, weights missing for part of the model, or files that cannot be read.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _refuse_pickles(path)
+    more = _four_bit(path, dtype, trainable, device) if in_4bit else {}
     model: PreTrainedModel
     report: dict[str, Any]
     try:
@@ -222,6 +234,7 @@ def load_model(path: str, *, dtype: torch.dtype, trainable: bool) -> PreTrainedM
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below, in one line, instead of raised without a name
             output_loading_info=True,
+            **more,
         )
     except torch.OutOfMemoryError:
         raise
@@ -232,6 +245,29 @@ def load_model(path: str, *, dtype: torch.dtype, trainable: bool) -> PreTrainedM
         raise ModelError(f"model {path} is a PEFT adapter; give the model it was trained from, or merge it first")
     model.requires_grad_(trainable)
     return model.eval()
+
+
+def _four_bit(path: str, dtype: torch.dtype, trainable: bool, device: torch.device | str) -> dict[str, Any]:
+    """What `from_pretrained` is told for NF4 weights."""
+    if trainable:
+        raise ConfigError("load_in_4bit: 4-bit weights cannot train; put adapters on them (lora_r above 0)")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_4bit needs bitsandbytes, which is not installed; pip install bitsandbytes")
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    if getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "quantization_config", None) is not None:
+        raise ConfigError(
+            f"load_in_4bit: model {path} is quantised already; leave load_in_4bit out, or give its full weights"
+        )
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "device_map": {"": str(device)},
+    }
 
 
 def _check_report(path: str, report: dict[str, Any]) -> None:

@@ -76,12 +76,24 @@ def forest_token_logps(model: nn.Module, forest: PreferenceForest) -> Tensor:
     """(N,) float32 log-probs of a forest's scored tokens, in its order.
 
     Args:
-        model: bound (`bind_scoring`), or a wrapper (PEFT, DDP) around such a model.
-        forest: on the model's device. One with a `shape` needs `use_forest_attention`.
+        model: prepared (`prepare_model`), or a wrapper (PEFT, DDP) around such a model.
+        forest: on the model's device, in a layout that the model is right on.
+
+    Raises:
+        ModelError: the model was not prepared.
     """
-    return model(
-        input_ids=forest.input_ids, score_from=forest.score_from, labels=forest.labels, forest_shape=forest.shape
-    ).token_logps
+    try:
+        scored = model(
+            input_ids=forest.input_ids, score_from=forest.score_from, labels=forest.labels, forest_shape=forest.shape
+        )
+        return scored.token_logps
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if any(is_bound(part) for part in model.modules()):  # type: ignore[arg-type]
+            raise
+        raise ModelError(
+            f"{type(model).__name__} does not score forests yet; call dpo_engine.prepare_model(model) first, before DDP or "
+            "FSDP2 wrap it"
+        ) from error
 
 
 def unbind_scoring(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 NAMES = ("reference", "tiled", "triton", "triton_epilogue")
-OPERATOR_VERSION = 1
+OPERATOR_VERSION = 2
 """Raised whenever a change may alter which backend is fastest, or the last bits of one: older measurements then no longer count."""
 
 _OLDEST = (8, 0)

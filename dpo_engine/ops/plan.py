@@ -17,11 +17,12 @@ from dpo_engine.ops.head import Head, Rows
 from dpo_engine.ops.weights import SLAB_MULTIPLE
 
 ROW_MULTIPLE = 16  # row tiles are padded to this, so that a row's bits do not depend on how many rows came with it
-# A tile of 8 MiB stays in a CPU's caches between the product that writes it and the pass that reads it: one of 16 MiB cost
-# 1.3 times as much. Tall ones read the weight less often; but several (R, D) vectors are as tall, so wide heads get half.
+# A tile must stay in a CPU's caches between the product that writes it and the pass that reads it: one of 16 MiB cost 1.3
+# times as much as one of 8. Beside wide rows even that is much: (R, D) vectors and (C, D) slabs take of the same caches, so
+# wide heads get half of either, a tile of 2 MiB.
 TILE_ROWS = {"cpu": 1024, "cuda": 1024}
 TILE_COLUMNS = {"cpu": 2048, "cuda": 8192}
-WIDE = 2048
+WIDE = 1024
 SLAB_BYTES = 16 << 20  # where a slab is a copy in another dtype, it is this large at most
 
 
@@ -168,7 +169,7 @@ def make_plan(rows: Rows, head: Head, dtype: torch.dtype) -> Plan:
     vocabulary, depth = head.weight.shape
     height, columns = (sizes.get(device, sizes["cuda"]) for sizes in (TILE_ROWS, TILE_COLUMNS))
     if device == "cpu" and depth > WIDE:
-        height, columns = height // 2, columns * 2
+        height, columns = height // 2, columns // 2
     if multiply != head.weight.dtype:  # slabs are copies
         most = SLAB_BYTES // (max(depth, 1) * multiply.itemsize) // SLAB_MULTIPLE * SLAB_MULTIPLE
         columns = min(columns, max(SLAB_MULTIPLE, most))

@@ -1,14 +1,12 @@
 """Which backend does a run use, and how does a resumed run come to use the same?
 
 `backend: auto` becomes a name once, at the start, by what `dpo-engine doctor` measured. The name is kept in every
-checkpoint, in `dpo_engine_state.json`: two backends differ in the last bits, and a resumed run must have those of the run
-it continues, whatever was measured meanwhile.
+checkpoint (`state`): two backends differ in the last bits, and a resumed run must have those of the run it continues,
+whatever was measured meanwhile.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +15,9 @@ from torch import nn
 
 from dpo_engine.errors import BackendError, ConfigError
 from dpo_engine.model.head import head_of
-from dpo_engine.ops import BACKENDS
 from dpo_engine.ops.backends import OPERATOR_VERSION, possible_backends
 from dpo_engine.ops.choice import choose_backend, measured
-
-STATE_FILE = "dpo_engine_state.json"
-SCHEMA = 1
+from dpo_engine.train.state import RunState
 
 
 @dataclass(frozen=True)
@@ -65,20 +60,19 @@ def run_backend(requested: str, model: nn.Module, device: torch.device, dtype: t
     return RunBackend(name, "nothing was measured for such a head on this machine; dpo-engine doctor does")
 
 
-def resumed_backend(requested: str, checkpoint: Path, device: torch.device, dtype: torch.dtype) -> RunBackend | None:
+def resumed_backend(
+    requested: str, state: RunState, checkpoint: Path, device: torch.device, dtype: torch.dtype
+) -> RunBackend:
     """The backend that a checkpoint was trained with, for the run that goes on from it.
 
-    Returns:
-        None for a checkpoint that names none: it was not written by this engine, or by one that kept no name.
+    Args:
+        state: what `checkpoint` keeps.
 
     Raises:
-        ConfigError: the file is broken, or another backend is asked for although the checkpoint's can run.
+        ConfigError: another backend is asked for although the checkpoint's can run.
         BackendError: the checkpoint's backend cannot run here, and no other is asked for.
     """
-    state = _read(checkpoint / STATE_FILE)
-    if state is None:
-        return None
-    name, operator = state
+    name, operator = state.backend, state.operator
     changed = (
         "" if operator == OPERATOR_VERSION else f"; its operator was version {operator}, this is {OPERATOR_VERSION}"
     )
@@ -98,33 +92,3 @@ def resumed_backend(requested: str, checkpoint: Path, device: torch.device, dtyp
     return RunBackend(
         requested, f"as asked for; {checkpoint.name} was trained with {name}, which cannot run here: {reason}"
     )
-
-
-def write_state(folder: Path, backend: str) -> None:
-    """Keep the name of a run's backend beside its weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{STATE_FILE}.partial"
-    state = {"schema": SCHEMA, "backend": backend, "operator": OPERATOR_VERSION}
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(state) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / STATE_FILE)
-
-
-def _read(path: Path) -> tuple[str, int] | None:
-    """(backend, operator version) as `write_state` kept them; None where there is no such file."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({type(error).__name__}); take another checkpoint") from error
-    known = [name for name in BACKENDS if name != "auto"]
-    fits = isinstance(state, dict) and state.get("schema") == SCHEMA and isinstance(state.get("operator"), int)
-    if not fits or state.get("backend") not in known:
-        raise ConfigError(
-            f"{path} holds {str(state)[:100]}; expected schema {SCHEMA} and a backend of {', '.join(known)}: "
-            "it was written by another version, or altered; take another checkpoint"
-        )
-    return state["backend"], state["operator"]

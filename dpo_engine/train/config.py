@@ -26,7 +26,12 @@ class DPOConfig(TrainingArguments):
     """
 
     method: str = field(default="dpo", metadata={"help": "Loss, a name of dpo_engine.losses.LOSSES."})
-    beta: float = field(default=0.1, metadata={"help": "How strongly the policy is held to the reference; > 0."})
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "How strongly the policy is held to the reference; > 0. The method's own if not given: dpo 0.1."
+        },
+    )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of labels taken to be flipped, in [0, 0.5); above 0, dpo is cDPO."}
     )
@@ -50,7 +55,9 @@ class DPOConfig(TrainingArguments):
     )
     max_tokens_per_forest: int | None = field(
         default=None,
-        metadata={"help": "Tokens computed at once: memory and speed only, never the result."},
+        metadata={
+            "help": "Tokens computed at once: memory and speed only, never the result. By free memory if not given."
+        },
     )
     share_prompt: str = field(
         default="auto",
@@ -84,9 +91,17 @@ class DPOConfig(TrainingArguments):
 
     def _check(self) -> None:
         """Raise a `ConfigError` for the first value out of range."""
-        get_method(self.method)
+        method = get_method(self.method)
+        if self.beta is None:
+            self.beta = method.beta
         require(self.beta > 0, "beta", self.beta, "a number above 0")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
+        require(
+            self.label_smoothing == 0 or "label_smoothing" in method.uses,
+            "label_smoothing",
+            self.label_smoothing,
+            f"0: the method {self.method} does not use it",
+        )
         require(
             self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, or none"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,23 @@ def pair_metrics(stats: PairStats, losses: Tensor, beta: float) -> dict[str, Ten
                 "rewards/accuracies": 0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
             }
         return {name: values.detach().sum() for name, values in metrics.items()}
+
+
+@dataclass
+class RunningMean:
+    """The mean of everything added since a run began; it stays on the device until it is read."""
+
+    count: int = 0
+    total: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Count `values` (B,) in."""
+        self.total = self.total + values.detach().double().sum()
+        self.count += len(values)
+
+    def mean(self) -> Tensor | None:
+        """() float32; None before anything was added."""
+        return (torch.as_tensor(self.total) / self.count).float() if self.count else None
 
 
 class MetricSums:

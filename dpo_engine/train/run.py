@@ -54,6 +54,10 @@ class TrainConfig(DPOConfig):
             "help": "auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16). Trainable weights are always float32."
         },
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: frozen weights in 4 bits (NF4, double quantisation; bitsandbytes), adapters on top."},
+    )
     lora_r: int = field(default=16, metadata={"help": "LoRA rank; 0 trains every parameter."})
     lora_alpha: float = field(
         default=32.0, metadata={"help": "LoRA scale: adapters are multiplied by lora_alpha / lora_r."}
@@ -77,6 +81,12 @@ class TrainConfig(DPOConfig):
         require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         require(self.lora_r >= 0, "lora_r", self.lora_r, "a rank above 0, or 0 to train every parameter")
+        require(
+            not self.load_in_4bit or self.lora_r > 0,
+            "lora_r",
+            self.lora_r,
+            "a rank above 0 with load_in_4bit: 4-bit weights cannot train",
+        )
         require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "a number above 0")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "a number in [0, 1)")
         require(self.max_pairs is None or self.max_pairs > 0, "max_pairs", self.max_pairs, "a number above 0, or none")
@@ -136,8 +146,9 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     trainer.remove_callback(ProgressCallback)
     if not config.disable_tqdm:
         trainer.add_callback(_Progress(say))
-    trainer.restore_backend(config.resume)  # before anything is scored
-    say(trainer.backend.line())
+    trainer.restore_run(config.resume)  # before anything is scored
+    for line in trainer.lines():
+        say(line)
 
     prompts = [tree.prompt_ids for tree in held_out.trees[: config.sample_prompts]] if held_out else []
     before = _judge(trainer, held_out, say, "before training")
@@ -178,6 +189,8 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         "dtype": str(resolve_dtype(config.dtype)).removeprefix("torch."),
         "device": str(config.device),
         "backend": trainer.backend.name,
+        "layout": trainer.layout.name,
+        "max_tokens_per_forest": trainer.budget.tokens,
         "picture": str(picture) if picture else None,
         "answers": [vars(answer) for answer in answers],
     }
@@ -238,7 +251,9 @@ def _load_policy(config: TrainConfig, model_path: str, say: Say) -> Any:
     if config.use_cpu and dtype == torch.bfloat16 and not cpu_has_bf16():
         say("note: this CPU has no bfloat16 instructions; dtype: float32 (or auto) is many times faster here")
     say(f"loading {config.model} ({model_path}) in {str(dtype).removeprefix('torch.')} on {config.device}")
-    model = load_model(model_path, dtype=dtype, trainable=config.lora_r == 0)
+    model = load_model(
+        model_path, dtype=dtype, trainable=config.lora_r == 0, in_4bit=config.load_in_4bit, device=config.device
+    )
     if config.lora_r:
         set_seed(config.seed)  # the trainer does this too, but the adapters are drawn before there is one
         model = add_lora(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,26 +24,36 @@ from dpo_engine.batch import (
     ForestCollator,
     PreferenceBatch,
     PreferenceForest,
-    ScoredTree,
     TokenTree,
+    Tree,
     pack_trees,
-    sum_by_completion,
-    tree_cost,
 )
 from dpo_engine.data import PairData, tokenize_pairs
-from dpo_engine.errors import ConfigError, DataError, TrainingError
+from dpo_engine.errors import ConfigError, TrainingError
 from dpo_engine.losses import PairStats, get_method
-from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, reference_of
+from dpo_engine.model.adapters import adapters_are_zero, is_peft_model
 from dpo_engine.model.head import head_of
 from dpo_engine.model.layout import Layout, choose_layout
 from dpo_engine.model.probe import probe_head
-from dpo_engine.model.scoring import bind_scoring, forest_token_logps
-from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend, write_state
+from dpo_engine.model.scoring import bind_scoring
+from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
+from dpo_engine.train.budget import Budget, bytes_per_token, forest_budget, free_bytes
 from dpo_engine.train.config import DPOConfig
-from dpo_engine.train.metrics import MetricSums, pair_metrics
+from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
+from dpo_engine.train.ranks import EvenRows, idle_forest, joined_over_ranks, sum_and_most
+from dpo_engine.train.scoring import PairScorer, causal_model, make_reference
+from dpo_engine.train.state import RunState, read_state, write_state
+from dpo_engine.train.whole_step import (
+    StepPart,
+    generator_states,
+    generators_at,
+    joined,
+    stacked,
+    step_parts,
+    unstacked,
+)
 
 logger = logging.getLogger(__name__)
-_FOREST_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 class DPOTrainer(Trainer):
@@ -61,7 +71,7 @@ class DPOTrainer(Trainer):
 
     Raises:
         ModelError: the model's head cannot be reproduced (probe), in `__init__`.
-        DataError: no pair is left, or one does not fit `max_tokens_per_forest`, in `__init__`.
+        DataError: no pair is left, or one does not fit `max_tokens_per_forest` or memory, in `__init__`.
         TrainingError: the loss before the first step is not the method's start value, in `train`.
     """
 
@@ -92,20 +102,21 @@ class DPOTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        causal = _causal_model(model)
+        causal = causal_model(model)
         bind_scoring(causal)
-        self.reference = self._make_reference(model, ref_model)
+        self.reference = make_reference(model, ref_model) if self.method.needs_reference else None
         self._starts_at_reference = ref_model is None and (not is_peft_model(model) or adapters_are_zero(model))
         self._start_checked = False
         self.reference_seconds = 0.0
         self._reference_backend: str | None = None  # which one the precomputed log-probs are of
         self._train_metrics = MetricSums()
+        self._baseline = RunningMean()
         train_data = _tokenized(train_dataset, processing_class, args, "train_dataset")
         eval_data = _tokenized(eval_dataset, processing_class, args, "eval_dataset")
         super().__init__(
             model=model,
             args=args,
-            data_collator=ForestCollator(0),  # type: ignore[arg-type]  # until the model has been asked how to lay out
+            data_collator=_present,  # trees are packed a step at a time
             train_dataset=train_data,
             eval_dataset=eval_data,
             processing_class=processing_class,
@@ -113,43 +124,30 @@ class DPOTrainer(Trainer):
         )
         if self.reference is not None:
             self.reference.to(args.device)
+        self.scorer = PairScorer(self.method, self.reference, self.accelerator)
         self.layout = self._choose_layout(causal)
-        self.max_tokens_per_forest = _forest_budget(args, [train_data, eval_data], self.layout.name)
-        self.data_collator = ForestCollator(self.max_tokens_per_forest, self.layout.name, self.layout.longest)  # type: ignore[assignment]
         self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
         if self.reference is not None and ref_model is not None:
-            probe_head(_causal_model(self.reference))
-
-    def _make_reference(self, model: nn.Module, ref_model: nn.Module | None) -> nn.Module | None:
-        """The frozen second model, or None where switching the adapters off gives the reference."""
-        if not self.method.needs_reference:
-            return None
-        if ref_model is None:
-            if is_peft_model(model):
-                return None
-            ref_model = copy.deepcopy(model)
-        elif ref_model is model:
-            raise ConfigError("DPOTrainer: ref_model is the model being trained; pass None for a frozen copy of it")
-        else:
-            bind_scoring(_causal_model(ref_model))
-        return ref_model.requires_grad_(False).eval()
+            probe_head(causal_model(self.reference))
+        self._use_budget(self._new_budget(causal, [train_data, eval_data]))
 
     def _choose_layout(self, causal: PreTrainedModel) -> Layout:
         """The layout that the policy, and a reference of its own, are right on."""
         layout = choose_layout(causal, self.config.share_prompt)
         if self.reference is not None:
-            other = choose_layout(_causal_model(self.reference), self.config.share_prompt)
+            other = choose_layout(causal_model(self.reference), self.config.share_prompt)
             layout = max(layout, other, key=lambda layout: LAYOUTS.index(layout.name))
         logger.info(layout.line)
         return layout
 
-    # ---- the backend ----
+    # ---- what a resumed run has in common with its checkpoint ----
 
-    def restore_backend(self, resume_from_checkpoint: str | bool | None) -> None:
-        """Score with the backend that a checkpoint was trained with; `train` does this too.
+    def restore_run(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Score with the backend of a checkpoint, pack to its budget and go on with its running mean; `train` does this too.
 
-        Call it before evaluating where a run that goes on is to have the same bits.
+        Call it before evaluating where a run that goes on is to have the same bits. A budget that is asked for by number
+        is used instead of the checkpoint's.
 
         Args:
             resume_from_checkpoint: as for `train`.
@@ -162,9 +160,16 @@ class DPOTrainer(Trainer):
         found = (
             get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
         )
-        if found:
-            backend = resumed_backend(self.config.backend, Path(found), self.args.device, self._head_dtype())
-            self._use_backend(backend or self.backend)
+        state = read_state(Path(found)) if found else None
+        if state is None:
+            return
+        name = Path(str(found))
+        self._use_backend(resumed_backend(self.config.backend, state, name, self.args.device, self._head_dtype()))
+        self._baseline = RunningMean(state.baseline_count, state.baseline_sum)
+        if self.config.max_tokens_per_forest is None:
+            datasets = [self.train_dataset, self.eval_dataset]
+            budget = forest_budget(state.max_tokens_per_forest, datasets, self.layout.name)
+            self._use_budget(replace(budget, why=f"as in {name.name}"))
 
     def _use_backend(self, backend: RunBackend) -> None:
         """Every rank and both models score with the backend that the first rank found."""
@@ -175,64 +180,72 @@ class DPOTrainer(Trainer):
         self.backend = backend
         for model in (self.model, self.reference):
             if model is not None:
-                _causal_model(model).scoring_backend = backend.name  # type: ignore[assignment]
+                causal_model(model).scoring_backend = backend.name  # type: ignore[assignment]
 
     def _head_dtype(self) -> torch.dtype:
         """What the head multiplies: the autocast dtype, or that of its weight; of a quantised one, the model's."""
         assert self.model is not None
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        model = _causal_model(self.model)
+        model = causal_model(self.model)
         head = head_of(model)
         return autocast or (model.dtype if head.is_quantised else head.weight.dtype)
 
+    def _new_budget(self, causal: PreTrainedModel, datasets: Sequence[PairData | None]) -> Budget:
+        """`max_tokens_per_forest` as given, or what memory allows; the first rank's on all."""
+        token_bytes, free = 0.0, 0
+        if self.config.max_tokens_per_forest is None:
+            token_bytes = bytes_per_token(
+                causal,
+                self.layout.name,
+                checkpointing=self.config.gradient_checkpointing
+                or bool(getattr(self.config, "activation_checkpointing", False)),
+                layers=causal.config.get_text_config().num_hidden_layers,
+                device=self.args.device,
+            )
+            free = free_bytes(self.args.device, causal)
+        return forest_budget(
+            self.config.max_tokens_per_forest,
+            datasets,
+            self.layout.name,
+            token_bytes=token_bytes,
+            free=free,
+            device=self.args.device.type,
+        )
+
+    def _use_budget(self, budget: Budget) -> None:
+        if self.args.world_size > 1:
+            [budget] = broadcast_object_list([budget])
+        logger.info(budget.line())
+        self.budget = budget
+
+    def lines(self) -> list[str]:
+        """How this run computes, for people: layout, forests, backend."""
+        return [self.layout.line, self.budget.line(), self.backend.line()]
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`transformers.Trainer.save_model`, and the backend's name beside the weights: in checkpoints too."""
+        """`transformers.Trainer.save_model`, and the run's state beside the weights: in checkpoints too."""
         if self.args.should_save:
-            write_state(Path(output_dir or str(self.args.output_dir)), self.backend.name)
+            state = RunState(
+                backend=self.backend.name,
+                max_tokens_per_forest=self.budget.tokens,
+                baseline_count=self._baseline.count,
+                baseline_sum=float(self._baseline.total),
+            )
+            write_state(Path(output_dir or str(self.args.output_dir)), state)
         super().save_model(output_dir, _internal_call)
 
-    # ---- scoring ----
-
-    def _token_logps(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
-        """(N,) log-probs of the forest's scored tokens under `model`."""
-        with self.accelerator.autocast():
-            return forest_token_logps(model, forest).float()
-
-    def _reference_token_logps(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
-        """The same under the reference: eval mode, no gradient, adapters off."""
-        if self.reference is not None:
-            with torch.no_grad():
-                return self._token_logps(self.reference, forest)
-        with reference_of(self.accelerator.unwrap_model(model)):
-            return self._token_logps(model, forest)
-
-    def _pair_stats(self, model: nn.Module, forest: PreferenceForest) -> PairStats:
-        """Sums per completion of both models; completions alternate chosen, rejected."""
-        reference: tuple[Tensor | None, Tensor | None] = None, None
-        if self.method.needs_reference:
-            known = forest.reference_token_logps
-            token_logps = self._reference_token_logps(model, forest) if known is None else known
-            reference = _alternating(sum_by_completion(token_logps, forest.lengths))
-        chosen, rejected = _alternating(sum_by_completion(self._token_logps(model, forest), forest.lengths))
-        lengths = torch.tensor(forest.lengths, dtype=torch.float32).to(chosen.device, non_blocking=True)
-        chosen_lengths, rejected_lengths = _alternating(lengths)
-        return PairStats(
-            chosen_logps=chosen,
-            rejected_logps=rejected,
-            reference_chosen_logps=reference[0],
-            reference_rejected_logps=reference[1],
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-        )
+    def packed(self, trees: Sequence[TokenTree]) -> PreferenceBatch:
+        """Trees in forests of this run's layout and budget, on the CPU."""
+        return ForestCollator(self.budget.tokens, self.layout.name, self.layout.longest)(trees)
 
     # ---- training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """`transformers.Trainer.train`, after the reference's log-probs if those are wanted beforehand.
 
-        A checkpoint is gone on from with the backend it was trained with.
+        A checkpoint is gone on from with the backend and the budget it was trained with.
         """
-        self.restore_backend(resume_from_checkpoint)
+        self.restore_run(resume_from_checkpoint)
         self._precompute_reference()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -246,63 +259,139 @@ class DPOTrainer(Trainer):
         begin = time.perf_counter()
         for name in ("train_dataset", "eval_dataset"):
             data = getattr(self, name)
-            if data is not None and not (
-                isinstance(data[0], ScoredTree) and self._reference_backend == self.backend.name
-            ):
+            if data is not None and not (_knows_reference(data) and self._reference_backend == self.backend.name):
                 setattr(self, name, self._scored_trees(data, name))
         self._reference_backend = self.backend.name
         self.reference_seconds += time.perf_counter() - begin
 
-    def _scored_trees(self, data: Sequence[TokenTree], name: str) -> list[ScoredTree]:
+    def _scored_trees(self, data: Sequence[TokenTree], name: str) -> list[Tree]:
         """`data`, in its order, with reference log-probs; forward only, in forests of like lengths."""
         assert self.model is not None
-        collator: Any = self.data_collator
-        forests = pack_trees(data, self.max_tokens_per_forest, self.layout.name, self.layout.longest)
-        scored: dict[int, ScoredTree] = {}
+        forests = pack_trees(data, self.budget.tokens, self.layout.name, self.layout.longest)
+        scored: dict[int, Tree] = {}
         with tqdm(total=len(data), desc=f"reference, {name}", unit="pair", disable=self.args.disable_tqdm) as bar:
             for trees in forests:
-                (forest,) = collator(trees).to(self.args.device).forests
-                by_completion = iter(self._reference_token_logps(self.model, forest).cpu().split(list(forest.lengths)))
+                (forest,) = self.packed(trees).to(self.args.device).forests
+                by_completion = iter(
+                    self.scorer.reference_token_logps(self.model, forest).cpu().split(list(forest.lengths))
+                )
                 for tree in trees:
-                    scored[id(tree)] = ScoredTree(
+                    scored[id(tree)] = Tree(
                         prompt_ids=tree.prompt_ids,
                         completions=tree.completions,
                         reference_token_logps=[next(by_completion).clone() for _ in tree.completions],
+                        **{
+                            name: getattr(tree, name, None)
+                            for name in ("scored", "token_weights", "completion_weights")
+                        },
                     )
                 bar.update(len(trees))
         return [scored[id(tree)] for tree in data]
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> DataLoader:
+        """As transformers', over rows that the ranks can share evenly, so that accelerate repeats none."""
+        if self.args.world_size > 1 and not self.args.dataloader_drop_last:
+            dataset = EvenRows(dataset, batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[TokenTree]], num_batches: int, device: torch.device
+    ) -> tuple[list[PreferenceBatch], int | None]:
+        """The trees of a whole optimiser step, packed together.
+
+        Returns:
+            `(batches, trees)`: as many batches as micro-batches were read, all of them empty but the last, which has every
+            forest of this rank's; and the trees of the step over all ranks.
+        """
+        read = list(itertools.islice(epoch_iterator, num_batches))
+        if not read:
+            return [], None
+        batch, step_trees = self._evened(self.packed([tree for trees in read for tree in trees]))
+        nothing = PreferenceBatch(forests=(), trees=0)
+        return [nothing] * (len(read) - 1) + [batch], step_trees
+
+    def _evened(self, batch: PreferenceBatch) -> tuple[PreferenceBatch, int]:
+        """The batch with as many idle forests as make all ranks have the same number, and the trees of all ranks."""
+        trees, most = sum_and_most(self.accelerator, batch.trees, len(batch.forests))
+        return replace(batch, idle=most - len(batch.forests)), trees
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: PreferenceBatch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward, forest by forest; gradients are reduced over ranks with the last one only.
 
+        Args:
+            inputs: the forests of a step; nothing is done for none.
+            num_items_in_batch: trees of the step over all ranks; those of `inputs` if not given.
+
         Returns:
             () this rank's part of the step's mean loss, times the number of ranks (which average their gradients).
         """
+        if not inputs.forests and not inputs.idle:
+            return torch.zeros((), device=self.args.device)
         model.train()
         batch = inputs.to(self.args.device)
+        forests = self._with_idle(batch, _knows_reference(self.train_dataset))
         if not self._start_checked:
-            self._check_start(model, batch)
-        trees = batch.trees * self.args.world_size if num_items_in_batch is None else num_items_in_batch
+            self._check_start(model, forests)
+        scale = self.args.world_size / (num_items_in_batch or batch.trees * self.args.world_size)
+        is_apart = len(forests) > 1 or self.args.world_size > 1
+        parts: Sequence[StepPart | None] = [None] * len(forests)
+        if self.method.whole_step and is_apart:
+            parts = self._whole_step(model, forests, scale)
         total = torch.zeros((), device=self.args.device)
-        for index, forest in enumerate(batch.forests):
-            is_last = index == len(batch.forests) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                stats = self._pair_stats(model, forest)
-                losses = self.method(stats, self.config)
-                loss = losses.sum() * (self.args.world_size / trees)
-                self._train_metrics.add(pair_metrics(stats, losses, self.config.beta), forest.trees)
-                self.accelerator.backward(loss)
-            total += loss.detach()
+        for index, (forest, part) in enumerate(zip(forests, parts, strict=True)):
+            with self._reducing_if(model, index == len(forests) - 1):
+                if part is None:
+                    stats = self.scorer.pair_stats(model, forest)
+                    losses, objective = self._objective(stats, scale)
+                else:
+                    stats, losses = part.stats, part.losses
+                    with generators_at(part.generators, self.args.device):
+                        objective = part.objective(self.scorer.policy_again(model, forest, stats))
+                self.accelerator.backward(objective)
+            total += (stats.weights * losses.detach()).sum() * scale
+            self._train_metrics.add(pair_metrics(stats, losses, self.config.beta), len(losses))
         return total
 
-    def _get_num_items_in_batch(self, batch_samples: list[PreferenceBatch], device: torch.device) -> int:
-        """Trees of one optimiser step, over its micro-batches and all ranks."""
-        trees = sum(batch.trees for batch in batch_samples)
-        if self.args.world_size == 1:
-            return trees
-        return int(self.accelerator.reduce(torch.tensor(trees, device=device), "sum"))
+    def _whole_step(self, model: nn.Module, forests: Sequence[PreferenceForest], scale: float) -> list[StepPart]:
+        """What each forest must know of the others, on all ranks."""
+        scored, generators = [], []
+        with torch.no_grad():
+            for forest in forests:
+                generators.append(generator_states(self.args.device))
+                scored.append(self.scorer.pair_stats(model, forest))
+        return step_parts(scored, generators, lambda stats: self._objective(stats, scale), self.accelerator)
+
+    def _objective(self, stats: PairStats, scale: float) -> tuple[Tensor, Tensor]:
+        """`(losses (B,), () their weighted sum times scale)`; moves the method's running mean on."""
+        if self.method.baseline is not None:
+            self._baseline.add(self.method.baseline(stats, self.config))
+            stats = replace(stats, baseline=self._baseline.mean())
+        losses = self.method(stats, self.config)
+        return losses, (stats.weights * losses).sum() * scale
+
+    def _with_idle(self, batch: PreferenceBatch, knows_reference: bool) -> list[PreferenceForest]:
+        """The batch's forests, then the idle ones; all of them ask the reference, or none does."""
+        if not batch.idle:
+            return list(batch.forests)
+        idle = idle_forest(self.layout.name, 2, knows_reference).to(self.args.device)
+        return [*batch.forests, *[idle] * batch.idle]
+
+    @contextlib.contextmanager
+    def _reducing_if(self, model: nn.Module, is_last: bool) -> Iterator[None]:
+        """Ranks add up their gradients in the backward of a step's last forest, and in no other."""
+        state = self.accelerator.gradient_state
+        syncs = state.sync_gradients
+        if is_last and syncs:
+            yield
+            return
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(syncs)
 
     def floating_point_ops(self, inputs: PreferenceBatch) -> int:  # type: ignore[override]
         """6 operations per token and parameter, as transformers counts them; for `total_flos` in the logs only."""
@@ -315,7 +404,7 @@ class DPOTrainer(Trainer):
         assert isinstance(self.args, DPOConfig)
         return self.args
 
-    def _check_start(self, model: nn.Module, batch: PreferenceBatch) -> None:
+    def _check_start(self, model: nn.Module, forests: Sequence[PreferenceForest]) -> None:
         """Refuse to train where the reference is the starting policy but the loss says otherwise."""
         self._start_checked = True
         if self.state.global_step > 0 or not (self.method.needs_reference and self._starts_at_reference):
@@ -325,9 +414,11 @@ class DPOTrainer(Trainer):
         model.eval()
         with torch.no_grad():
             # Asked anew also where it was computed before: in the same forest both are the same to the last bits.
-            forests = [replace(forest, reference_token_logps=None) for forest in batch.forests]
-            losses = torch.cat([self.method(self._pair_stats(model, forest), self.config) for forest in forests])
+            anew = [self.scorer.pair_stats(model, replace(forest, reference_token_logps=None)) for forest in forests]
+            losses = self.method(joined(anew), self.config)
         model.train()
+        if not len(losses):  # this rank has idle forests only
+            return
         worst = losses[(losses - expected).abs().argmax()].item()
         if not abs(worst - expected) <= tolerance:
             raise TrainingError(
@@ -358,13 +449,15 @@ class DPOTrainer(Trainer):
         was_training = model.training
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        metrics = MetricSums()
+        knows_reference = _knows_reference(dataloader.dataset)
+        scored: list[PairStats] = []
         with torch.no_grad():
-            for inputs in dataloader:
-                for forest in inputs.to(self.args.device).forests:
-                    stats = self._pair_stats(model, forest)
-                    metrics.add(pair_metrics(stats, self.method(stats, self.config), self.config.beta), forest.trees)
+            for trees in dataloader:
+                batch, _ = self._evened(self.packed(trees))
+                for forest in self._with_idle(batch.to(self.args.device), knows_reference):
+                    scored.append(self.scorer.pair_stats(model, forest))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            metrics = self._judged(joined(scored))
         model.train(was_training)
         means = self._read(metrics)
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
@@ -374,6 +467,15 @@ class DPOTrainer(Trainer):
             metrics=named,
             num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
         )
+
+    def _judged(self, stats: PairStats) -> MetricSums:
+        """Metrics of this rank's pairs, judged together with those of the other ranks: a data set is one step."""
+        values, mine = joined_over_ranks(self.accelerator, stacked(stats))
+        together = replace(unstacked(values, stats), baseline=self._baseline.mean())
+        metrics = MetricSums()
+        losses = self.method(together, self.config)[mine]
+        metrics.add(pair_metrics(stats, losses, self.config.beta), len(losses))
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed since the last log to a training log."""
@@ -388,15 +490,14 @@ class DPOTrainer(Trainer):
         return metrics.means(self.accelerator.reduce(stacked, "sum") if self.args.world_size > 1 else stacked)
 
 
-def _alternating(by_completion: Tensor) -> tuple[Tensor, Tensor]:
-    """(2T,) in the order chosen, rejected, chosen, ... -> two of (T,)."""
-    chosen, rejected = by_completion.view(-1, 2).unbind(-1)
-    return chosen, rejected
+def _present(trees: Sequence[TokenTree | None]) -> list[TokenTree]:
+    """The rows of a micro-batch, without those that fill up a data set for its ranks."""
+    return [tree for tree in trees if tree is not None]
 
 
-def _causal_model(model: nn.Module) -> PreTrainedModel:
-    """The model without adapters around it."""
-    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator,return-value]
+def _knows_reference(rows: Any) -> bool:
+    """Whether the rows bring reference log-probs: all do, or none."""
+    return getattr(rows[0], "reference_token_logps", None) is not None
 
 
 def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> PairData | None:
@@ -406,18 +507,3 @@ def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DP
     if tokenizer is None:
         raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
     return tokenize_pairs(dataset, tokenizer, **args.pair_options())
-
-
-def _forest_budget(args: DPOConfig, datasets: Sequence[PairData | None], layout: str) -> int:
-    """`max_tokens_per_forest`, or this device's default raised to the largest tree."""
-    trees = [tree for data in datasets if data is not None for tree in data]
-    largest = max(trees, key=lambda tree: tree_cost(tree, layout), default=None)
-    most = tree_cost(largest, layout) if largest else 0
-    if args.max_tokens_per_forest is None:
-        return max(_FOREST_TOKENS.get(args.device.type, 8192), most)
-    if largest and most > args.max_tokens_per_forest:
-        raise DataError(
-            f"{largest.origin}: the pair takes {most} tokens, more than "
-            f"max_tokens_per_forest={args.max_tokens_per_forest}; raise it, or set max_length to truncate"
-        )
-    return args.max_tokens_per_forest

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from dpo_engine import DPOConfig, DPOTrainer
-from dpo_engine.errors import BackendError, ConfigError
+from dpo_engine.errors import BackendError, ConfigError, DataError
 from dpo_engine.ops import choice
-from dpo_engine.train.backend import STATE_FILE
+from dpo_engine.train.state import STATE_FILE
 from support.imports import ROOT
 from support.resumable_runs import logged, stored, trainer
 from support.tiny_pairs import random_pairs, tiny_llama
@@ -76,7 +77,7 @@ def test_a_resumed_run_keeps_the_backend_of_its_checkpoint_bit_for_bit(tmp_path:
 def test_true_means_the_last_checkpoint(tmp_path: Path) -> None:
     trainer(tmp_path / "out", backend="reference", max_steps=2).train()
     resumed = trainer(tmp_path / "out")
-    resumed.restore_backend(True)
+    resumed.restore_run(True)
     assert resumed.backend.name == "reference"
 
 
@@ -92,8 +93,8 @@ def test_asking_for_another_backend_on_resume_is_refused_with_what_to_do(tmp_pat
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton runs on a CPU here")
 def test_a_backend_that_cannot_run_here_is_named_and_can_be_replaced(tmp_path: Path) -> None:
     trainer(tmp_path / "out", max_steps=2).train()
-    state = {"schema": 1, "backend": "triton", "operator": 1}
-    (tmp_path / "out" / "checkpoint-2" / STATE_FILE).write_text(json.dumps(state))
+    file = tmp_path / "out" / "checkpoint-2" / STATE_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"backend": "triton"}))
     with pytest.raises(BackendError, match=r"trained with backend=triton, which cannot run here: .*--backend tiled"):
         trainer(tmp_path / "out").train(resume_from_checkpoint=True)
     resumed = trainer(tmp_path / "out", backend="tiled")
@@ -112,22 +113,53 @@ def test_a_checkpoint_without_a_name_goes_on_with_what_a_new_run_would_use(tmp_p
 
 
 @pytest.mark.parametrize(
-    "text",
+    "change",
     [
-        "{",
-        "[]",
-        '{"schema": 2, "backend": "tiled", "operator": 1}',
-        '{"schema": 1, "backend": "auto", "operator": 1}',
-        '{"schema": 1, "backend": ["tiled"], "operator": 1}',
-        '{"schema": 1, "backend": "tiled"}',
+        {"schema": 1},
+        {"backend": "auto"},
+        {"backend": ["tiled"]},
+        {"operator": "2"},
+        {"max_tokens_per_forest": 0},
+        {"max_tokens_per_forest": True},
+        {"baseline_sum": float("nan")},
+        {"baseline_count": -1},
+        {"other": 1},
     ],
+    ids=str,
 )
-def test_an_altered_name_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_altered_state_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     run = trainer(tmp_path / "out")
     run.save_model(str(tmp_path / "checkpoint-2"))
+    file = tmp_path / "checkpoint-2" / STATE_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ConfigError, match=STATE_FILE):
+        run.restore_run(str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2, "backend": "tiled"}'])
+def test_a_broken_state_is_refused(tmp_path: Path, text: str) -> None:
+    run = trainer(tmp_path / "out")
+    (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / STATE_FILE).write_text(text)
     with pytest.raises(ConfigError, match=STATE_FILE):
-        run.restore_backend(str(tmp_path / "checkpoint-2"))
+        run.restore_run(str(tmp_path / "checkpoint-2"))
+
+
+def test_a_resumed_run_packs_to_the_budget_of_its_checkpoint_unless_told_otherwise(tmp_path: Path) -> None:
+    trainer(tmp_path / "out", max_steps=2, max_tokens_per_forest=70).train()
+    resumed = trainer(tmp_path / "out")
+    assert resumed.budget.tokens != 70
+    resumed.restore_run(True)
+    assert resumed.budget.tokens == 70 and "as in checkpoint-2" in resumed.budget.line()
+    told = trainer(tmp_path / "out", max_tokens_per_forest=80)
+    told.restore_run(True)
+    assert told.budget.tokens == 80
+
+
+def test_a_pair_larger_than_a_checkpoints_budget_is_named(tmp_path: Path) -> None:
+    trainer(tmp_path / "out", max_steps=2, max_tokens_per_forest=70).train()
+    with pytest.raises(DataError, match=r"row \d+: the pair takes \d+ tokens, more than max_tokens_per_forest=70"):
+        trainer(tmp_path / "out", longest=60).train(resume_from_checkpoint=True)
 
 
 def test_an_unknown_backend_is_refused_before_anything_runs(tmp_path: Path) -> None:

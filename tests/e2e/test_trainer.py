@@ -182,12 +182,12 @@ def test_dropout_is_off_in_the_reference_and_at_the_start(tmp_path: Path, lora: 
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))
     trainer = DPOTrainer(model=model, args=config(tmp_path, max_steps=1), train_dataset=data)
-    forest = trainer.data_collator(data.trees[:4]).forests[0]
+    forest = trainer.packed(data.trees[:4]).forests[0]
     model.train()
-    first, second = (trainer._reference_token_logps(model, forest) for _ in range(2))
+    first, second = (trainer.scorer.reference_token_logps(model, forest) for _ in range(2))
     assert torch.equal(first, second)
     assert all(module.training for module in model.modules() if module is not trainer.reference)
-    noisy = [trainer._token_logps(model, forest) for _ in range(2)]
+    noisy = [trainer.scorer.token_logps(model, forest) for _ in range(2)]
     assert not torch.equal(*noisy)
     trainer.train()  # the start check runs in eval mode, so that dropout does not look like a fault
 
@@ -278,13 +278,13 @@ def test_a_micro_batch_reads_nothing_from_the_device(tmp_path: Path) -> None:
 
     data = random_pairs(8)
     trainer = DPOTrainer(model=get_peft_model(tiny_llama(), LORA), args=config(tmp_path), train_dataset=data)
-    batch = trainer.data_collator(data.trees)
+    batch = trainer.packed(data.trees)
     trainer.training_step(trainer.model, batch, 8)  # the first one checks the start value, which is read once a run
     # The CPU path looks at its own memory (labels in range, rescaling); only the trainer around it is meant here.
-    original = trainer._token_logps
-    trainer._token_logps = lambda model, forest: torch.zeros(len(forest.labels), requires_grad=True) + 0.0
-    trainer._reference_token_logps = lambda model, forest: torch.zeros(len(forest.labels))
+    original = trainer.scorer.token_logps
+    trainer.scorer.token_logps = lambda model, forest: torch.zeros(len(forest.labels), requires_grad=True) + 0.0
+    trainer.scorer.reference_token_logps = lambda model, forest: torch.zeros(len(forest.labels))
     with Reads() as counter:
         trainer.training_step(trainer.model, batch, 8)
     assert counter.reads == 0
-    trainer._token_logps = original
+    trainer.scorer.token_logps = original

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig
 
 from dpo_engine import DPOConfig, DPOTrainer
-from dpo_engine.train.backend import STATE_FILE
+from dpo_engine.train.state import STATE_FILE
 from support.tiny_pairs import random_pairs, tiny_llama
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -1,5 +1,8 @@
 """Does a forest say exactly which hidden row predicts which token for whom?"""
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 
@@ -162,3 +165,40 @@ def test_the_collator_gives_the_same_batch_on_every_call() -> None:
     assert first.trees == 3 and len(first.forests) == len(second.forests) > 1
     for a, b in zip(first.forests, second.forests, strict=True):
         assert all(map(torch.equal, a.input_ids, b.input_ids)) and torch.equal(a.score_from, b.score_from)
+
+
+@dataclass
+class WeightedTree:
+    prompt_ids: list[int]
+    completions: list[list[int]]
+    scored: list[list[bool]] | None = None
+    token_weights: list[list[float]] | None = None
+    completion_weights: list[float] | None = None
+
+
+def test_weights_follow_their_tokens_and_completions_and_are_one_where_none_are_given() -> None:
+    weighted = WeightedTree(
+        [1, 2], [[3, 4, 5], [6, 7]], [[True, False, True], [True, True]], [[0.5, 9.0, 2.0], [1.0, 3.0]], [0.25, 4.0]
+    )
+    forest = build_forest([tree([8], [9], [9, 9]), weighted])
+    assert forest.token_weights is not None and forest.completion_weights is not None
+    assert forest.token_weights.tolist() == [1.0, 1.0, 1.0, 0.5, 2.0, 1.0, 3.0]
+    assert forest.completion_weights.tolist() == [1.0, 1.0, 0.25, 4.0]
+    logps = torch.arange(7.0)
+    assert sum_by_completion(logps, forest.lengths, forest.token_weights).tolist() == [0.0, 3.0, 9.5, 23.0]
+    plain = build_forest(TREES)
+    assert plain.token_weights is None and plain.completion_weights is None
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"token_weights": [[1.0], [1.0]]}, "2 tokens with 1 token_weights; expected one a token"),
+        ({"token_weights": [[1.0, 1.0]]}, "2 completions and 1 token_weights; expected as many"),
+        ({"completion_weights": [1.0]}, "2 completions and 1 completion_weights; expected as many"),
+        ({"scored": [[True, True]]}, "2 completions and 1 scored; expected as many"),
+    ],
+)
+def test_weights_and_masks_of_another_shape_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_forest([WeightedTree([1], [[2, 3], [4]], **changes)])

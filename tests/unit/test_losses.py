@@ -1,13 +1,14 @@
 """Do the losses and their table keep what the papers prove?"""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dpo_engine.errors import ConfigError
-from dpo_engine.losses import LOSSES, PairStats, dpo_loss, get_method
+from dpo_engine.losses import LOSSES, PairStats, bco_loss, dpo_loss, get_method
 
 
 def four(seed: int = 0) -> list[torch.Tensor]:
@@ -106,3 +107,56 @@ def test_every_method_starts_at_its_start_value(name: str) -> None:
 def test_an_unknown_method_is_refused_with_the_nearest_known_one() -> None:
     with pytest.raises(ConfigError, match=r"dpoo.*did you mean 'dpo'"):
         get_method("dpoo")
+
+
+def pair_stats(sums: list[torch.Tensor], **more: torch.Tensor) -> PairStats:
+    pc, pr, rc, rr = sums
+    return PairStats(
+        chosen_logps=pc,
+        rejected_logps=pr,
+        reference_chosen_logps=rc,
+        reference_rejected_logps=rr,
+        chosen_lengths=torch.ones_like(pc),
+        rejected_lengths=torch.ones_like(pr),
+        **more,
+    )
+
+
+def test_bco_is_the_papers_formula_and_two_log_two_at_the_start() -> None:
+    pc, pr, rc, rr = four()
+    a, b = pc - rc, pr - rr
+    expected = torch.log1p(torch.exp(-(0.1 * a - 0.3))) + torch.log1p(torch.exp(-(0.3 - 0.1 * b)))
+    torch.testing.assert_close(bco_loss(pc, pr, rc, rr, 0.1, 0.3), expected)
+    torch.testing.assert_close(bco_loss(rc, rr, rc, rr, 0.1, 0.0), torch.full_like(rc, 2 * math.log(2)))
+    assert LOSSES["bco"].start(SimpleNamespace(beta=0.01)) == 2 * math.log(2)
+
+
+def test_bco_compares_with_the_mean_reward_of_its_pairs_unless_a_baseline_is_given() -> None:
+    sums, config = four(), SimpleNamespace(beta=0.2)
+    pc, pr, rc, rr = sums
+    mean = 0.2 * torch.cat([pc - rc, pr - rr]).mean()
+    torch.testing.assert_close(LOSSES["bco"](pair_stats(sums), config), bco_loss(*sums, 0.2, mean))
+    given = pair_stats(sums, baseline=torch.tensor(1.5, dtype=torch.float64))
+    torch.testing.assert_close(LOSSES["bco"](given, config), bco_loss(*sums, 0.2, 1.5))
+
+
+def test_no_gradient_goes_through_bcos_baseline() -> None:
+    sums = [x.requires_grad_() for x in four()]
+    loss = LOSSES["bco"](pair_stats(sums), SimpleNamespace(beta=0.2)).sum()
+    ours = torch.autograd.grad(loss, sums[:2])
+    delta = (0.2 * torch.cat([sums[0] - sums[2], sums[1] - sums[3]]).mean()).detach()
+    theirs = torch.autograd.grad(bco_loss(*sums, 0.2, delta).sum(), sums[:2])
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+    assert torch.autograd.gradcheck(lambda *a: bco_loss(*a, 0.2, delta), sums)
+
+
+def test_each_method_brings_its_own_beta_and_refuses_what_it_does_not_use(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from dpo_engine import DPOConfig
+
+    assert DPOConfig(output_dir=str(tmp_path)).beta == 0.1
+    assert DPOConfig(output_dir=str(tmp_path), method="bco").beta == 0.01
+    assert DPOConfig(output_dir=str(tmp_path), method="bco", beta=0.3).beta == 0.3
+    with pytest.raises(ConfigError, match=r"label_smoothing=0\.1 is out of range; expected 0: the method bco"):
+        DPOConfig(output_dir=str(tmp_path), method="bco", label_smoothing=0.1)

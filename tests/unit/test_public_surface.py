@@ -14,14 +14,21 @@ PUBLIC = [
     "DPOConfig",
     "DPOTrainer",
     "PreferenceForest",
+    "Tree",
+    "build_forest",
     "dpo_loss",
+    "forest_token_logps",
     "linear_kl",
     "linear_logps",
     "linear_preference_loss",
+    "prepare_model",
 ]
 
 # Parameters with their defaults, as a caller sees them. Adding one at the end, with a default, breaks nobody.
 SIGNATURES = {
+    "build_forest": "(trees, layout='shared')",
+    "forest_token_logps": "(model, forest)",
+    "prepare_model": "(model, share_prompt='auto')",
     "linear_logps": (
         "(hidden, weight, labels, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100, backend='auto', *, "
         "temperature=1.0, lora=None, extras=())"

@@ -1,0 +1,153 @@
+"""What do two ranks of the trainer make of a data set that neither their number nor the forests divide evenly?
+
+`run` starts the ranks as processes (gloo, on the CPU); each trains a case and keeps the gradients of every step, the losses
+and what evaluation said.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from dpo_engine import DPOConfig, DPOTrainer
+from support.tiny_pairs import random_pairs, tiny_llama
+
+RANKS, PAIRS, HELD_OUT, STEPS = 2, 10, 7, 4
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+_FSDP = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False},
+}
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"lora": True},
+    "full": {"lora": False},
+    "bco": {"lora": True, "method": "bco", "beta": 0.5},
+    "known reference": {"lora": True, "precompute_ref_log_probs": True},
+    "fully sharded": {"lora": False, **_FSDP},
+    "fully sharded bco": {"lora": False, "method": "bco", "beta": 0.5, **_FSDP},
+    "fully sharded lora": {"lora": True, **_FSDP},
+}
+
+
+@dataclass
+class Run:
+    """What one process saw."""
+
+    gradients: list[dict[str, torch.Tensor]]
+    losses: list[float]
+    margins: list[float]
+    held_out: dict[str, float]
+    forests: list[int]
+    """Forests with trees of each step, on this rank."""
+
+
+def train(folder: Path, case: str, ranks: int) -> Run:
+    """Two epochs of ten pairs, eight pairs a step whatever the number of ranks, then an evaluation on seven."""
+    settings = dict(CASES[case])
+    lora = settings.pop("lora")
+    if ranks == 1:
+        settings = {name: value for name, value in settings.items() if not name.startswith("fsdp")}
+    args = DPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        per_device_train_batch_size=4 // ranks,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=STEPS,
+        max_tokens_per_forest=60,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        dataloader_pin_memory=False,
+        **settings,
+    )
+    seen = _Recorder()
+    trainer = DPOTrainer(
+        model=tiny_llama(),
+        args=args,
+        train_dataset=random_pairs(PAIRS),
+        eval_dataset=random_pairs(HELD_OUT, seed=5),
+        peft_config=LORA if lora else None,
+        callbacks=[seen],
+    )
+    forests: list[int] = []
+    step = trainer.training_step
+
+    def counted(model: Any, inputs: Any, *more: Any) -> Any:
+        if inputs.forests or inputs.idle:
+            forests.append(len(inputs.forests))
+        return step(model, inputs, *more)
+
+    trainer.training_step = counted  # type: ignore[method-assign]
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    held_out = {name: value for name, value in trainer.evaluate().items() if "reward" in name or name == "eval_loss"}
+    return Run(
+        gradients=seen.steps,
+        losses=[entry["loss"] for entry in logs],
+        margins=[entry["rewards/margins"] for entry in logs],
+        held_out=held_out,
+        forests=forests,
+    )
+
+
+class _Recorder(TrainerCallback):
+    """Every gradient just before each optimiser step, whole."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        self.steps.append(
+            {
+                name.removeprefix("module."): (g.full_tensor() if hasattr(g, "full_tensor") else g).detach().clone()
+                for name, g in grads.items()
+            }
+        )
+
+
+def run(folder: Path, cases: list[str]) -> dict[str, list[Run]]:
+    """Every case on two ranks; one start of the processes for all of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(str(folder), cases, port), nprocs=RANKS)
+    return {
+        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=False) for rank in range(RANKS)] for case in cases
+    }
+
+
+def _rank(rank: int, folder: str, cases: list[str], port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",  # a container's own name need not resolve
+        "ACCELERATE_USE_CPU": "true",
+    }
+    for case in cases:
+        found = train(Path(folder) / case, case, RANKS)
+        torch.save(found, f"{folder}/{case}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    print({case: [len(run.gradients) for run in runs] for case, runs in run(Path(sys.argv[1]), sys.argv[2:]).items()})
