@@ -479,7 +479,7 @@ class DPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed since the last log to a training log."""
-        if "loss" in logs and self._train_metrics.count:
+        if "loss" in logs and self._train_metrics.sums:
             means = self._read(self._train_metrics)
             logs |= {name: value for name, value in means.items() if name != "loss"}
             self._train_metrics = MetricSums()

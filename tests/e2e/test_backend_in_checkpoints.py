@@ -19,7 +19,8 @@ pytest.importorskip("peft")
 from dpo_engine import DPOConfig, DPOTrainer
 from dpo_engine.errors import BackendError, ConfigError, DataError
 from dpo_engine.ops import choice
-from dpo_engine.train.state import STATE_FILE
+from dpo_engine.ops.backends import OPERATOR_VERSION
+from dpo_engine.train.state import SCHEMA, STATE_FILE
 from support.imports import ROOT
 from support.resumable_runs import logged, stored, trainer
 from support.tiny_pairs import random_pairs, tiny_llama
@@ -42,7 +43,15 @@ def test_the_name_is_in_every_checkpoint_and_in_the_output_folder(tmp_path: Path
     run.train()
     run.save_model()
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-4"):
-        assert stored(folder) == {"schema": 1, "backend": "tiled", "operator": 1}
+        found = stored(folder)
+        assert found == {
+            "schema": SCHEMA,
+            "backend": "tiled",
+            "operator": OPERATOR_VERSION,
+            "max_tokens_per_forest": run.budget.tokens,
+            "baseline_count": 0,
+            "baseline_sum": 0.0,
+        }
         assert not list(folder.glob("*.partial"))
     assert "nothing was measured" in run.backend.line()
 

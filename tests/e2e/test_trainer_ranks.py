@@ -13,9 +13,6 @@ pytest.importorskip("peft")
 from support import trainer_ranks
 from support.trainer_ranks import CASES, Run
 
-REPLICATED = [case for case in CASES if not case.startswith("fully sharded")]
-SHARDED = [case for case in CASES if case.startswith("fully sharded")]
-
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Run]]:
@@ -40,6 +37,7 @@ def test_gradients_losses_and_evaluation_equal_those_of_one_process(
 ) -> None:
     one = alone(case)
     for rank in two_ranks[case]:
+        assert rank.sharded == case.startswith("fully sharded")
         assert len(rank.gradients) == len(one.gradients) == trainer_ranks.STEPS
         for step, (mine, whole) in enumerate(zip(rank.gradients, one.gradients, strict=True)):
             assert mine.keys() == whole.keys()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from dpo_engine import DPOConfig, DPOTrainer
@@ -46,6 +47,8 @@ class Run:
     losses: list[float]
     margins: list[float]
     held_out: dict[str, float]
+    sharded: bool
+    """Whether every gradient was a part of a whole one."""
     forests: list[int]
     """Forests with trees of each step, on this rank."""
 
@@ -100,6 +103,7 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         losses=[entry["loss"] for entry in logs],
         margins=[entry["rewards/margins"] for entry in logs],
         held_out=held_out,
+        sharded=seen.sharded,
         forests=forests,
     )
 
@@ -109,12 +113,14 @@ class _Recorder(TrainerCallback):
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
+        self.sharded = False
 
     def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        self.sharded = all(isinstance(gradient, DTensor) for gradient in grads.values())
         self.steps.append(
             {
-                name.removeprefix("module."): (g.full_tensor() if hasattr(g, "full_tensor") else g).detach().clone()
+                name.removeprefix("module."): (g.full_tensor() if isinstance(g, DTensor) else g).detach().clone()
                 for name, g in grads.items()
             }
         )
