@@ -70,6 +70,14 @@ class _Options:
     truncation: str
     skip_bad_rows: bool
     limit: int | None
+    chat_template: str | bool
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises `ConfigError` for the first option out of range."""
+        check_truncation(self.max_length, self.truncation)
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is {self.limit}, expected at least 1 or none")
+        use_chat_template(tokenizer, self.chat_template)
 
 
 def check_source(
@@ -125,18 +133,77 @@ def load_pairs(
         ConfigError: An option is out of range.
         DataError: As for `check_source`; a row is too long with "error"; the template cannot be used; no row is left.
     """
-    check_truncation(max_length, truncation)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}, expected at least 1 or none")
-    with_template = use_chat_template(tokenizer, chat_template)
+    options = _Options(
+        max_length=max_length,
+        truncation=truncation,
+        skip_bad_rows=skip_bad_rows,
+        limit=limit,
+        chat_template=chat_template,
+    )
+    options.check(tokenizer)
     if not isinstance(source, PairSource):
         source = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method)
-    shape = source.format.shape
-    renderer: ChatRenderer | PlainRenderer = PlainRenderer(shape.plain_separator)
-    if with_template:
-        renderer = ChatRenderer(tokenizer, transcript=shape.transcript)
-    options = _Options(max_length=max_length, truncation=truncation, skip_bad_rows=skip_bad_rows, limit=limit)
-    return _Loading(source, tokenizer, renderer, options).run()
+    data = _Loading(source, tokenizer, options).run()
+    _check_usable(data.report)
+    return data
+
+
+def load_row(
+    source: str | Path,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    truncation: str = "keep_start",
+    split: str = "train",
+    chat_template: str | bool = "auto",
+    skip_bad_rows: bool = False,
+    method: str = "dpo",
+) -> TokenizedTree:
+    """The tree of one row, as `load_pairs` makes it.
+
+    Args:
+        number: The row's number in messages about it: of a .jsonl file the line, else the row, from 1.
+        source, tokenizer, max_length, truncation, split, chat_template, skip_bad_rows, method: As for `load_pairs`.
+
+    Raises:
+        ConfigError, DataError: As for `load_pairs`; there is no such row, or it is left out (the message says why).
+    """
+    options = _Options(
+        max_length=max_length,
+        truncation=truncation,
+        skip_bad_rows=skip_bad_rows,
+        limit=None,
+        chat_template=chat_template,
+    )
+    options.check(tokenizer)
+    found = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method)
+    rows = [row for row in found.rows if _number(row.origin) == number]
+    if not rows:
+        raise DataError(_why_not_there(source, split, number, found.format))
+    report = DataReport(source=str(source), format=found.report.format)
+    data = _Loading(replace(found, rows=rows, report=report), tokenizer, options).run()
+    if not data.trees:
+        raise DataError(f"{rows[0].origin} is left out: {', '.join(data.report.rows_left_out)}")
+    return data.trees[0]
+
+
+def _number(origin: str) -> int:
+    """17 of "pairs.jsonl:17", of "pairs.json:row 17" and of "row 17"."""
+    return int(re.split(r"\D", origin)[-1])
+
+
+def _why_not_there(source: str | Path, split: str, number: int, data_format: DataFormat) -> str:
+    """Why a row is not among those that `check_source` found usable."""
+    last = ""
+    for row in read_rows(source, split=split):
+        last = row.origin
+        if _number(row.origin) == number:
+            try:
+                preference_row(data_format, row)
+            except (BadRow, UnusableRow) as error:
+                return f"{row.origin} is left out: {row.fault or error}"
+    return f"{source} has no row {number}; its last is {last}"
 
 
 def tokenize_pairs(
@@ -243,9 +310,12 @@ class _Loading:
         self,
         source: PairSource,
         tokenizer: PreTrainedTokenizerBase,
-        renderer: ChatRenderer | PlainRenderer,
         options: _Options,
     ) -> None:
+        shape = source.format.shape
+        renderer: ChatRenderer | PlainRenderer = PlainRenderer(shape.plain_separator)
+        if use_chat_template(tokenizer, options.chat_template):
+            renderer = ChatRenderer(tokenizer, transcript=shape.transcript)
         self._rows, self._renderer, self._options = source.rows, renderer, options
         self._encoder = TreeEncoder(tokenizer, adds_bos=renderer.adds_bos, appends_eos=renderer.appends_eos)
         self._markers = re.compile("|".join(map(re.escape, marker_tokens(tokenizer))) or "(?!)")
@@ -271,7 +341,6 @@ class _Loading:
                     self._take(row, rendered, encoded)
         report.rows_used = len(data)
         report.notes += [f"{count} {'row' if count == 1 else 'rows'}: {note}" for note, count in self._noted.items()]
-        _check_usable(report)
         return data
 
     def _encoded(self, batch: list[PreferenceRow]) -> Iterator[tuple[PreferenceRow, RenderedTree, EncodedTree]]:
