@@ -143,8 +143,8 @@ def _sections(tree: TokenizedTree, tokenizer: PreTrainedTokenizerBase) -> dict[s
     """The pieces of the prompt and of each completion."""
     prompt = token_pieces(tokenizer, tree.prompt_ids, [False] * len(tree.prompt_ids))
     completions = {
-        name: token_pieces(tokenizer, ids, [True] * len(ids), before=tree.prompt_ids)
-        for name, ids in zip(_NAMES, tree.completions, strict=True)
+        name: token_pieces(tokenizer, ids, mask, before=tree.prompt_ids)
+        for name, ids, mask in zip(_NAMES, tree.completions, tree.scored_masks, strict=True)
     }
     return {"prompt": prompt} | completions
 

@@ -179,7 +179,7 @@ def inspect_pairs(data: PairData, *, batch_size: int, seed: int) -> Inspection:
             name: length_stats([len(tree.completions[index]) for tree in trees])
             for index, name in enumerate(("chosen", "rejected"))
         },
-        scored_tokens=sum(len(ids) for tree in trees for ids in tree.completions),
+        scored_tokens=sum(sum(mask) for tree in trees for mask in tree.scored_masks),
         prompt_share=sum(len(tree.completions) * len(tree.prompt_ids) for tree in trees) / real,
         repeated_prompts=len(repeats),
         pairs_with_repeated_prompts=sum(repeats),

@@ -45,12 +45,14 @@ MAX_UNUSABLE_SHARE = 0.05
 """Above this share of unusable rows the data is taken for broken, or for misread."""
 
 UNPARSED = "could not be parsed"
-UNUSABLE = ("prompts differ", "empty prompt", "empty completion", "identical completions")
+UNUSABLE = ("prompts differ", "empty prompt", "empty completion", "nothing to score", "identical completions")
 """Reasons that count towards `MAX_UNUSABLE_SHARE`; truncation and rows skipped on request do not."""
+NO_PROMPT = "empty prompt and no BOS token"
+_NO_PROMPT = "the prompt is empty, and the tokenizer has no BOS token from which a first token could be predicted"
 REFUSED = "refused by the chat template"
 IDENTICAL_AFTER_CUT = "identical after truncation"
 BEYOND_LIMIT = "beyond limit"
-MERGED = "the tokenizer merges across the end of the prompt, so a completion is tokenised on its own"
+MERGED = "the tokenizer merges across the end of the prompt (or of a turn), so what follows is tokenised on its own"
 _BATCH = 512
 
 
@@ -356,16 +358,21 @@ class _Loading:
     def _take(self, row: PreferenceRow, rendered: RenderedTree, encoded: EncodedTree) -> None:
         """Keeps one row, or leaves it out for a reason that only its tokens show."""
         report, options = self._data.report, self._options
+        if not encoded.prompt_ids:
+            _skip_or_stop(report, row.origin, _NO_PROMPT, options.skip_bad_rows, NO_PROMPT)
+            return
         reason = _unusable(encoded)
         if reason:
             report.leave_out(reason, row.origin)
             return
-        whole = TokenizedTree(prompt_ids=encoded.prompt_ids, completions=encoded.completions, origin=row.origin)
+        whole = TokenizedTree(
+            prompt_ids=encoded.prompt_ids, completions=encoded.completions, origin=row.origin, scored=encoded.scored
+        )
         tree = truncate_tree(whole, options.max_length, options.truncation)
         if tree is None:
             report.leave_out(LOST[options.truncation], row.origin)
             return
-        if tree.completions[0] == tree.completions[1]:
+        if _are_identical(tree):
             report.leave_out(IDENTICAL_AFTER_CUT, row.origin)
             return
         self._data.trees.append(tree)
@@ -380,10 +387,16 @@ class _Loading:
 
 
 def _unusable(encoded: EncodedTree) -> str | None:
-    if not encoded.prompt_ids:
-        return "empty prompt"
     if not all(encoded.completions):
         return "empty completion"
-    if encoded.completions[0] == encoded.completions[1]:
+    if encoded.scored and not all(map(any, encoded.scored)):
+        return "nothing to score"
+    if _are_identical(encoded):
         return "identical completions"
     return None
+
+
+def _are_identical(tree: EncodedTree | TokenizedTree) -> bool:
+    """Whether chosen and rejected are the same tokens, scored alike."""
+    chosen, rejected = tree.completions
+    return chosen == rejected and (tree.scored is None or tree.scored[0] == tree.scored[1])
