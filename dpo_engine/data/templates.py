@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from dpo_engine.data.formats import as_messages
@@ -176,7 +175,7 @@ class ChatRenderer:
         if whole.startswith(prompt):
             return len(prompt)
         history = self._apply(messages)
-        start = len(commonprefix([prompt, whole]))
+        start = _alike(prompt, whole)
         is_at_boundary = start >= len(history) and prompt.startswith(history)
         return start if is_at_boundary and not prompt[start:].strip() else None
 
@@ -209,12 +208,18 @@ def texts_of(row: PreferenceRow) -> str:
 
 
 def _asks_otherwise(origin: str, prompt: str, whole: str) -> str:
-    same = commonprefix([prompt, whole])
+    same = whole[: _alike(prompt, whole)]
     return (
         f"{origin}: the chat template asks for an answer with {prompt[-40:]!r}, but writes the answer after "
         f"{same[-40:]!r}, so no completion continues its prompt: use a template whose generation prompt is how answers "
         "begin, or chat_template: off with plain text"
     )
+
+
+def _alike(text: str, other: str) -> int:
+    """How many characters two texts share from the start."""
+    differ = (index for index, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
+    return next(differ, min(len(text), len(other)))
 
 
 def _trims(content: str) -> tuple[str, ...]:

@@ -192,6 +192,31 @@ def test_a_row_is_coloured_on_a_terminal_unless_colour_is_not_wanted(
     assert "\x1b[3" not in out and "[on][·the]" in out
 
 
+def test_turns_of_others_are_told_from_scored_ones(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [("assistant", "on the mat"), ("user", "and the dog"), ("assistant", "the dog ran")]
+    row = {
+        "prompt": [{"role": "user", "content": "where is the cat?"}],
+        "chosen": [{"role": role, "content": content} for role, content in turns],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    path = tmp_path / "turns.json"
+    path.write_text(json.dumps([row]), encoding="utf-8")
+    code, out, err = run(monkeypatch, capsys, path, "--model", model_folder, "--row", "1")
+    assert code == 0, err
+    chosen = out.split("\n\n")[2].replace("\n", "")
+    assert "[·mat][*<|im_end|>](↵)(*<|im_start|>)(user)(↵)(and)" in chosen
+    assert "(·dog)(*<|im_end|>)(↵)" in chosen and "(assistant)(↵)[the][·dog]" in chosen
+    code, out, _ = run(monkeypatch, capsys, path, "--model", model_folder, "--json")
+    found = json.loads(out.splitlines()[-1])
+    data = load_pairs(path, small_tokenizer(chat_template=CHATML), max_length=None)
+    assert found["scored_tokens"] == sum(map(sum, data[0].scored)) < sum(map(len, data[0].completions))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, out, _ = run(monkeypatch, capsys, path, "--model", model_folder, "--row", "1")
+    assert "\x1b[90muser\x1b[0m" in out.split("\n\n")[2]
+
+
 def test_a_row_as_json_holds_every_token(
     model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,8 +50,9 @@ THINKS_LAST = (
 """Writes a thinking block before an answer that ends the conversation, and none before earlier ones, as Qwen3 does."""
 
 FORGETS = (
-    "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Leaves out what the assistant said before."""
 

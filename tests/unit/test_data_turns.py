@@ -32,7 +32,7 @@ def _pairs(row: dict[str, Any], template: str = small.CHATML, kind: str = "words
 def _scored_text(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
     """The text of a completion with [brackets] around what is scored."""
     text, inside = "", False
-    for index, (token, is_scored) in enumerate(zip(ids, mask, strict=True)):
+    for token, is_scored in zip(ids, mask, strict=True):
         if is_scored != inside:
             text += "[" if is_scored else "]"
             inside = is_scored
