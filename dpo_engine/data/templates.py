@@ -112,8 +112,10 @@ class ChatRenderer:
         for completion in completions:
             whole = self._apply(messages + completion)
             start = self._start_of_answer(messages, prompt, whole)
+            if start is None and len(completion) > 1:  # a template that does so only within longer answers can be used
+                raise BadRow(_asks_otherwise(prompt, whole))
             if start is None:
-                raise DataError(_asks_otherwise(row.origin, prompt, whole))
+                raise DataError(f"{row.origin}: {_asks_otherwise(prompt, whole)}")
             if not whole.endswith(self._tail):
                 raise BadRow(f"the chat template does not close this answer with {self._tail!r} as it closes others")
             trimmed |= start < len(prompt)
@@ -207,10 +209,10 @@ def texts_of(row: PreferenceRow) -> str:
     return "\n".join(texts)
 
 
-def _asks_otherwise(origin: str, prompt: str, whole: str) -> str:
+def _asks_otherwise(prompt: str, whole: str) -> str:
     same = whole[: _alike(prompt, whole)]
     return (
-        f"{origin}: the chat template asks for an answer with {prompt[-40:]!r}, but writes the answer after "
+        f"the chat template asks for an answer with {prompt[-40:]!r}, but writes the answer after "
         f"{same[-40:]!r}, so no completion continues its prompt: use a template whose generation prompt is how answers "
         "begin, or chat_template: off with plain text"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 _BROKEN = "\ufffd"
 _MOST_TOKENS = 8
 """Of one piece; a character of 4 bytes is 4 tokens at most, and tokens may overlap two characters."""
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""How sentencepiece writes the bytes of characters it has no token for: text, whatever list they stand in."""
 _SHOWN = {" ": "·", "\n": "↵", "\t": "→"}
 
 
@@ -66,8 +69,9 @@ def _shown(character: str) -> str:
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(index for index, token in added.items() if str(token).strip())}
+    added = {index: str(token) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    added |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return {index for index, token in added.items() if token.strip() and not _BYTE.fullmatch(token)}
 
 
 def _text_behind(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:

@@ -108,7 +108,11 @@ def test_flags_change_what_is_read_and_how_it_is_batched(
     whole = numbers()
     assert numbers("--max_length", "none") == whole
     few = numbers("--max-pairs", "5", "--per_device_train_batch_size=2")
-    assert few["rows_used"] == 5 and few["rows_left_out"] == {"beyond limit": 35} and few["batch_size"] == 2
+    assert few["rows_used"] == 5 and few["rows_left_out"] == {
+        "identical completions": 1,
+        "beyond limit": 34,
+    }
+    assert few["batch_size"] == 2
     cut = numbers("--max_length", "18", "--truncation", "keep_end")
     assert cut["truncated"] > 0 and cut["lengths"]["prompt"]["most"] < whole["lengths"]["prompt"]["most"]
     plain = numbers("--chat-template", "off")
@@ -206,7 +210,7 @@ def test_turns_of_others_are_told_from_scored_ones(
     code, out, err = run(monkeypatch, capsys, path, "--model", model_folder, "--row", "1")
     assert code == 0, err
     chosen = out.split("\n\n")[2].replace("\n", "")
-    assert "[·mat][*<|im_end|>](↵)(*<|im_start|>)(user)(↵)(and)" in chosen
+    assert "[·mat][*<|im_end|>](↵)(*<|im_start|>)(user)(↵)(an)(d)" in chosen
     assert "(·dog)(*<|im_end|>)(↵)" in chosen and "(assistant)(↵)[the][·dog]" in chosen
     code, out, _ = run(monkeypatch, capsys, path, "--model", model_folder, "--json")
     found = json.loads(out.splitlines()[-1])

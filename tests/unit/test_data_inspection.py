@@ -57,6 +57,7 @@ def test_predicted_tokens_are_those_of_forests_and_rectangles_that_are_really_bu
     assert found.padding == pytest.approx(padding / found.layouts["padded"].tokens)
 
 
+@pytest.mark.slow  # importing TRL is
 def test_a_predicted_rectangle_is_the_one_that_trl_builds() -> None:
     pytest.importorskip("trl")
     from trl.trainer.dpo_trainer import DataCollatorForPreference

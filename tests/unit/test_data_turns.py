@@ -135,7 +135,7 @@ def test_a_turn_whose_beginning_merges_with_what_is_before_it_is_tokenised_on_it
 
 
 def test_a_template_that_writes_earlier_turns_anew_makes_a_bad_row() -> None:
-    with pytest.raises(DataError, match=r"^row 1: the chat template writes .* (conversation goes on|anew)"):
+    with pytest.raises(DataError, match=r"^row 1: the chat template asks for an answer .*mend the row"):
         _pairs(ROW, small.FORGETS)
     data = tokenize_pairs(
         [ROW, ROW | {"chosen": CHOSEN[:1]}],
@@ -144,6 +144,27 @@ def test_a_template_that_writes_earlier_turns_anew_makes_a_bad_row() -> None:
         skip_bad_rows=True,
     )
     assert len(data) == 1 and data.report.rows_left_out == {"refused by the chat template": 1}
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            small.CHATML.replace(
+                "<|im_end|>\n{%", "{% if loop.last or m['role'] == 'user' %}<|im_end|>{% endif %}\n{%"
+            ),
+            "the chat template writes an answer otherwise than as it was given when the conversation goes on",
+        ),
+        (
+            small.CHATML.replace("{{ m['role'] }}", "{{ m['role'] }}{{ messages | length if loop.index0 == 2 }}"),
+            "the chat template writes what comes before message 3 of an answer anew",
+        ),
+    ],
+    ids=["ends only the last", "counts messages"],
+)
+def test_a_template_that_does_not_write_turns_alike_in_all_places_is_refused(template: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        _pairs(ROW, template)
 
 
 def test_special_tokens_in_any_turn_are_noted() -> None:
