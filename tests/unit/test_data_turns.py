@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from dpo_engine.batch import build_forest
 from dpo_engine.data import PairData, TokenizedTree, tokenize_pairs
 from dpo_engine.data.pairs import MERGED
 from dpo_engine.data.truncation import truncate_tree
 from dpo_engine.errors import DataError
+from dpo_engine.model.scoring import bind_scoring, forest_token_logps
 from support import small_tokenizers as small
 from support.small_tokenizers import small_tokenizer
+from support.tiny_pairs import tiny_llama
 
 
 def _said(role: str, content: str) -> dict[str, str]:
@@ -115,6 +118,21 @@ def test_a_single_answer_has_no_mask_and_a_forest_scores_what_the_mask_says() ->
     ]
     assert forest.labels.tolist() == labels and forest.lengths == tuple(map(sum, tree.scored))
     assert forest.lengths[0] < len(tree.completions[0])
+
+
+def test_the_model_is_scored_on_the_assistants_tokens_in_the_whole_conversation() -> None:
+    tree = _pairs(ROW)[0]
+    assert tree.scored is not None
+    model: Any = tiny_llama(vocab_size=1000)
+    bind_scoring(model)
+    found = forest_token_logps(model, build_forest([tree], "padded"))
+    expected = []
+    for ids, mask in zip(tree.completions, tree.scored, strict=True):
+        whole = torch.tensor([[*tree.prompt_ids, *ids]])
+        logps = model(input_ids=whole).logits.log_softmax(-1)[0, len(tree.prompt_ids) - 1 : -1]
+        picked = logps.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
+        expected.append(picked[torch.tensor(mask)])
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_a_turn_whose_beginning_merges_with_what_is_before_it_is_tokenised_on_its_own() -> None:
