@@ -71,7 +71,7 @@ def doctor(
 def inspect(
     data: Annotated[str, typer.Argument(help="What `dpo-engine train` is given as data: a file or a hub dataset id.")],
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template: folder, hub id or smollm2.")],
-    split: Annotated[str, typer.Option("--data_split", "--split", help="Split of a hub dataset.")] = "train",
+    split: Annotated[str, typer.Option("--data_split", "--data-split", "--split", help="Of a hub dataset.")] = "train",
     max_length: Annotated[str, _both("--max_length", "Most tokens of a prompt and a completion, or none.")] = "1024",
     truncation: Annotated[str, typer.Option(help="keep_start, keep_end, drop or error.")] = "keep_start",
     chat_template: Annotated[str, _both("--chat_template", "auto, on or off.")] = "auto",
