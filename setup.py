@@ -23,6 +23,7 @@ EXTRAS = {
         "datasets>=4.0",
         "peft>=0.18",
         "pyyaml>=6.0",
+        "rich>=13.0",
         "safetensors>=0.6",
         "transformers>=5.10.4",
         "typer>=0.16",

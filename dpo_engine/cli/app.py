@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _both(name: str, text: str) -> Any:
+    """An option that may be written with underscores, as a key of `dpo-engine train`, or with dashes."""
+    return typer.Option(name, name[:2] + name[2:].replace("_", "-"), help=text)
 
 
 @app.callback(invoke_without_command=True)
@@ -60,3 +65,42 @@ def doctor(
     from dpo_engine.cli.doctor import doctor_command
 
     raise typer.Exit(doctor_command(model=model, shape=shape, dtype=dtype, quick=quick, as_json=as_json))
+
+
+@app.command(short_help="Whether data is any good: rows, lengths, what training on it computes, tokens of a row.")
+def inspect(
+    data: Annotated[str, typer.Argument(help="What `dpo-engine train` is given as data: a file or a hub dataset id.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template: folder, hub id or smollm2.")],
+    split: Annotated[str, typer.Option("--data_split", "--data-split", "--split", help="Of a hub dataset.")] = "train",
+    max_length: Annotated[str, _both("--max_length", "Most tokens of a prompt and a completion, or none.")] = "1024",
+    truncation: Annotated[str, typer.Option(help="keep_start, keep_end, drop or error.")] = "keep_start",
+    chat_template: Annotated[str, _both("--chat_template", "auto, on or off.")] = "auto",
+    skip_bad_rows: Annotated[bool, _both("--skip_bad_rows", "Leave out rows that cannot be parsed.")] = False,
+    max_pairs: Annotated[int | None, _both("--max_pairs", "Only the first so many usable pairs.")] = None,
+    batch_size: Annotated[int, _both("--per_device_train_batch_size", "Pairs in a padded rectangle.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the run: it decides which pairs share a rectangle.")] = 42,
+    row: Annotated[int | None, typer.Option(help="Show the tokens of this row (its number as in messages).")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="With --row: each token's id beside it.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object as the last line of stdout; the text goes to stderr.")
+    ] = False,
+) -> None:
+    """Print which rows are used, how long they are, and what an epoch computes padded, packed and with shared prompts.
+
+    Flags and defaults are those of `dpo-engine train`. Only the model's config and tokenizer are read, never weights.
+    """
+    from dpo_engine.cli.inspect import InspectOptions, inspect_command
+
+    options = InspectOptions(
+        data=data,
+        model=model,
+        split=split,
+        max_length=max_length,
+        truncation=truncation,
+        chat_template=chat_template,
+        skip_bad_rows=skip_bad_rows,
+        max_pairs=max_pairs,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    inspect_command(options, row=row, ids=ids, as_json=as_json)

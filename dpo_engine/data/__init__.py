@@ -7,6 +7,8 @@
     tokenizing.py   texts -> token ids, with an exact boundary and a scored end token
     truncation.py   token ids -> token ids that fit max_length
     pairs.py        all of it in order, and the report that accounts for every row
+    inspection.py   what training on the trees will compute, from their lengths
+    token_view.py   the characters of each token
     records.py      the plain types that pass between them
 
 Nothing here needs a model, and transformers, datasets and pyarrow are imported only where a source needs them.
@@ -15,7 +17,7 @@ Nothing here needs a model, and transformers, datasets and pyarrow are imported 
 from __future__ import annotations
 
 from dpo_engine.data.formats import DataFormat, detect_format
-from dpo_engine.data.pairs import PairSource, check_source, load_pairs, tokenize_pairs
+from dpo_engine.data.pairs import PairSource, check_source, load_pairs, load_row, tokenize_pairs
 from dpo_engine.data.reading import read_rows
 from dpo_engine.data.records import DataReport, PairData, PreferenceRow, TokenizedTree
 
@@ -29,6 +31,7 @@ __all__ = [
     "check_source",
     "detect_format",
     "load_pairs",
+    "load_row",
     "read_rows",
     "tokenize_pairs",
 ]

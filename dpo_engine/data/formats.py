@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_engine.data.messages import read_messages, single_completion, transcript_messages, with_system
+from dpo_engine.data.messages import completion_messages, read_messages, transcript_messages, with_system
 from dpo_engine.data.records import BadRow, Message, PreferenceRow, SourceRow, UnusableRow
 from dpo_engine.errors import DataError
 
@@ -135,15 +135,17 @@ def preference_row(data_format: DataFormat, row: SourceRow) -> PreferenceRow:
 
 
 def completion_text(completion: Text) -> str:
-    """The text of a completion, be it plain or one message."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """What the assistant says in a completion."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(message["content"] for message in completion if message["role"] == "assistant")
 
 
 def as_messages(row: PreferenceRow, transcript: bool) -> tuple[list[Message], list[list[Message]]]:
     """The row as chat messages: a plain prompt is one user turn, a transcript is taken apart into its turns.
 
     Returns:
-        The prompt's messages, and for each completion its one assistant message in a list.
+        The prompt's messages, and those of each completion.
     """
     prompt = row.prompt
     if isinstance(prompt, str):
@@ -195,11 +197,11 @@ def _instruction_pair(row: Mapping[str, Any]) -> Pair:
 
 
 def _conversation_pair(column: str) -> Callable[[Mapping[str, Any]], Pair]:
-    """Prompt messages in `column`, and one message (or the text of one) each in `chosen` and `rejected`."""
+    """Prompt messages in `column`, and the turns (or the text) of an answer each in `chosen` and `rejected`."""
 
     def convert(row: Mapping[str, Any]) -> Pair:
         prompt = read_messages(row[column], column)
-        chosen, rejected = (single_completion(row[name], name, prompt) for name in ("chosen", "rejected"))
+        chosen, rejected = (completion_messages(row[name], name, prompt) for name in ("chosen", "rejected"))
         return with_system(row, prompt), chosen, rejected
 
     return convert
@@ -210,27 +212,45 @@ def _chat_pair(row: Mapping[str, Any]) -> Pair:
     if not isinstance(row["prompt"], str):
         return _conversation_pair("prompt")(row)
     text = row["prompt"]
-    full = any(isinstance(row[column], list) and len(row[column]) > 1 for column in ("chosen", "rejected"))
-    if not full:
+    if not any(_repeats_prompt(row[column], column) for column in _PAIR):
         prompt = [{"role": "user", "content": text}]
-        chosen, rejected = (single_completion(row[name], name, prompt) for name in ("chosen", "rejected"))
+        chosen, rejected = (completion_messages(row[name], name, prompt) for name in _PAIR)
         return with_system(row, prompt), chosen, rejected
-    prompt, chosen, rejected = _full_conversations(row)
+    prompt, chosen, rejected = _full_conversations(row, text)
     if not any(message["role"] == "user" and message["content"].strip() == text.strip() for message in prompt):
         raise UnusableRow("prompts differ")
     return prompt, chosen, rejected
 
 
-def _full_conversations(row: Mapping[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Two conversations that share everything before their last, assistant's message."""
+def _repeats_prompt(value: Any, column: str) -> bool:
+    """Whether a column beside a text prompt holds a whole conversation, rather than the turns of an answer."""
+    return isinstance(value, list) and len(value) > 1 and read_messages(value, column)[0]["role"] != "assistant"
+
+
+def _full_conversations(
+    row: Mapping[str, Any], asked: str | None = None
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two conversations that share everything before their last message, or up to the user's message `asked`."""
     chosen, rejected = (read_messages(row[column], column) for column in ("chosen", "rejected"))
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1]["role"] != "assistant":
             raise BadRow(f"column {column!r} must end with an assistant message")
-    if chosen[:-1] != rejected[:-1]:
-        raise UnusableRow("prompts differ")
-    prompt = with_system(row, chosen[:-1]) if len(chosen) > 1 else []
-    return prompt, chosen[-1:], rejected[-1:]  # type: ignore[return-value]
+    shared = _shared_messages(chosen, rejected, asked)
+    prompt = with_system(row, chosen[:shared]) if shared else []
+    return prompt, chosen[shared:], rejected[shared:]  # type: ignore[return-value]
+
+
+def _shared_messages(chosen: list[Message], rejected: list[Message], asked: str | None) -> int:
+    """How many messages are the prompt; raises `UnusableRow` where the two do not share it."""
+    if chosen[:-1] == rejected[:-1]:
+        return len(chosen) - 1
+    for shared, message in enumerate(chosen, start=1):
+        asks = message["role"] == "user" and asked is not None and message["content"].strip() == asked.strip()
+        if asks and chosen[:shared] == rejected[:shared]:  # both end with an assistant's message, so both go on
+            if chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+                return shared
+            break
+    raise UnusableRow("prompts differ")
 
 
 def _transcript_pair(row: Mapping[str, Any]) -> Pair:

@@ -1,8 +1,8 @@
 """How are chat messages read out of a column?
 
 Accepted are {"role", "content"} and ShareGPT's {"from", "value"}, as a list or alone; they come out as
-{"role", "content"} and nothing else. A completion is exactly one assistant message, because every token of a
-completion is scored.
+{"role", "content"} and nothing else. A completion begins and ends with an assistant message; what others say between
+two of the assistant's turns is not scored.
 """
 
 from __future__ import annotations
@@ -46,20 +46,23 @@ def _message(item: Any, where: str) -> Message:
     return {"role": _ROLES[role], "content": content}
 
 
-def single_completion(value: Any, column: str, prompt: list[Message]) -> list[Message]:
-    """The one assistant message in a column that holds its text, itself, or the prompt followed by it.
+def completion_messages(value: Any, column: str, prompt: list[Message]) -> list[Message]:
+    """The turns in a column that holds an answer's text, its messages, or the prompt followed by them.
 
     Raises:
-        BadRow: Anything else; several turns would put other people's words among the scored tokens.
+        BadRow: They do not begin and end with an assistant message.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     messages = read_messages(value, column)
     if len(messages) > len(prompt) and messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
+    if not messages or not messages[0]["role"] == messages[-1]["role"] == "assistant":
         roles = ", ".join(message["role"] for message in messages) or "no message"
-        raise BadRow(f"column {column!r} must hold one assistant message (after the prompt's, at most), found {roles}")
+        raise BadRow(
+            f"column {column!r} must begin (after the prompt's messages, at most) and end with an assistant message, "
+            f"found {roles}"
+        )
     return messages
 
 

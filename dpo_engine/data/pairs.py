@@ -45,12 +45,14 @@ MAX_UNUSABLE_SHARE = 0.05
 """Above this share of unusable rows the data is taken for broken, or for misread."""
 
 UNPARSED = "could not be parsed"
-UNUSABLE = ("prompts differ", "empty prompt", "empty completion", "identical completions")
+UNUSABLE = ("prompts differ", "empty prompt", "empty completion", "nothing to score", "identical completions")
 """Reasons that count towards `MAX_UNUSABLE_SHARE`; truncation and rows skipped on request do not."""
+NO_PROMPT = "empty prompt and no BOS token"
+_NO_PROMPT = "the prompt is empty, and the tokenizer has no BOS token from which a first token could be predicted"
 REFUSED = "refused by the chat template"
 IDENTICAL_AFTER_CUT = "identical after truncation"
 BEYOND_LIMIT = "beyond limit"
-MERGED = "the tokenizer merges across the end of the prompt, so a completion is tokenised on its own"
+MERGED = "the tokenizer merges across the end of the prompt (or of a turn), so what follows is tokenised on its own"
 _BATCH = 512
 
 
@@ -70,6 +72,14 @@ class _Options:
     truncation: str
     skip_bad_rows: bool
     limit: int | None
+    chat_template: str | bool
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises `ConfigError` for the first option out of range."""
+        check_truncation(self.max_length, self.truncation)
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is {self.limit}, expected at least 1 or none")
+        use_chat_template(tokenizer, self.chat_template)
 
 
 def check_source(
@@ -125,18 +135,77 @@ def load_pairs(
         ConfigError: An option is out of range.
         DataError: As for `check_source`; a row is too long with "error"; the template cannot be used; no row is left.
     """
-    check_truncation(max_length, truncation)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}, expected at least 1 or none")
-    with_template = use_chat_template(tokenizer, chat_template)
+    options = _Options(
+        max_length=max_length,
+        truncation=truncation,
+        skip_bad_rows=skip_bad_rows,
+        limit=limit,
+        chat_template=chat_template,
+    )
+    options.check(tokenizer)
     if not isinstance(source, PairSource):
         source = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method)
-    shape = source.format.shape
-    renderer: ChatRenderer | PlainRenderer = PlainRenderer(shape.plain_separator)
-    if with_template:
-        renderer = ChatRenderer(tokenizer, transcript=shape.transcript)
-    options = _Options(max_length=max_length, truncation=truncation, skip_bad_rows=skip_bad_rows, limit=limit)
-    return _Loading(source, tokenizer, renderer, options).run()
+    data = _Loading(source, tokenizer, options).run()
+    _check_usable(data.report)
+    return data
+
+
+def load_row(
+    source: str | Path,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    truncation: str = "keep_start",
+    split: str = "train",
+    chat_template: str | bool = "auto",
+    skip_bad_rows: bool = False,
+    method: str = "dpo",
+) -> TokenizedTree:
+    """The tree of one row, as `load_pairs` makes it.
+
+    Args:
+        number: The row's number in messages about it: of a .jsonl file the line, else the row, from 1.
+        source, tokenizer, max_length, truncation, split, chat_template, skip_bad_rows, method: As for `load_pairs`.
+
+    Raises:
+        ConfigError, DataError: As for `load_pairs`; there is no such row, or it is left out (the message says why).
+    """
+    options = _Options(
+        max_length=max_length,
+        truncation=truncation,
+        skip_bad_rows=skip_bad_rows,
+        limit=None,
+        chat_template=chat_template,
+    )
+    options.check(tokenizer)
+    found = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method)
+    rows = [row for row in found.rows if _number(row.origin) == number]
+    if not rows:
+        raise DataError(_why_not_there(source, split, number, found.format))
+    report = DataReport(source=str(source), format=found.report.format)
+    data = _Loading(replace(found, rows=rows, report=report), tokenizer, options).run()
+    if not data.trees:
+        raise DataError(f"{rows[0].origin} is left out: {', '.join(data.report.rows_left_out)}")
+    return data.trees[0]
+
+
+def _number(origin: str) -> int:
+    """17 of "pairs.jsonl:17", of "pairs.json:row 17" and of "row 17"."""
+    return int(re.split(r"\D", origin)[-1])
+
+
+def _why_not_there(source: str | Path, split: str, number: int, data_format: DataFormat) -> str:
+    """Why a row is not among those that `check_source` found usable."""
+    last = ""
+    for row in read_rows(source, split=split):
+        last = row.origin
+        if _number(row.origin) == number:
+            try:
+                preference_row(data_format, row)
+            except (BadRow, UnusableRow) as error:
+                return f"{row.origin} is left out: {row.fault or error}"
+    return f"{source} has no row {number}; its last is {last}"
 
 
 def tokenize_pairs(
@@ -243,9 +312,12 @@ class _Loading:
         self,
         source: PairSource,
         tokenizer: PreTrainedTokenizerBase,
-        renderer: ChatRenderer | PlainRenderer,
         options: _Options,
     ) -> None:
+        shape = source.format.shape
+        renderer: ChatRenderer | PlainRenderer = PlainRenderer(shape.plain_separator)
+        if use_chat_template(tokenizer, options.chat_template):
+            renderer = ChatRenderer(tokenizer, transcript=shape.transcript)
         self._rows, self._renderer, self._options = source.rows, renderer, options
         self._encoder = TreeEncoder(tokenizer, adds_bos=renderer.adds_bos, appends_eos=renderer.appends_eos)
         self._markers = re.compile("|".join(map(re.escape, marker_tokens(tokenizer))) or "(?!)")
@@ -271,7 +343,6 @@ class _Loading:
                     self._take(row, rendered, encoded)
         report.rows_used = len(data)
         report.notes += [f"{count} {'row' if count == 1 else 'rows'}: {note}" for note, count in self._noted.items()]
-        _check_usable(report)
         return data
 
     def _encoded(self, batch: list[PreferenceRow]) -> Iterator[tuple[PreferenceRow, RenderedTree, EncodedTree]]:
@@ -287,16 +358,21 @@ class _Loading:
     def _take(self, row: PreferenceRow, rendered: RenderedTree, encoded: EncodedTree) -> None:
         """Keeps one row, or leaves it out for a reason that only its tokens show."""
         report, options = self._data.report, self._options
+        if not encoded.prompt_ids:
+            _skip_or_stop(report, row.origin, _NO_PROMPT, options.skip_bad_rows, NO_PROMPT)
+            return
         reason = _unusable(encoded)
         if reason:
             report.leave_out(reason, row.origin)
             return
-        whole = TokenizedTree(prompt_ids=encoded.prompt_ids, completions=encoded.completions, origin=row.origin)
+        whole = TokenizedTree(
+            prompt_ids=encoded.prompt_ids, completions=encoded.completions, origin=row.origin, scored=encoded.scored
+        )
         tree = truncate_tree(whole, options.max_length, options.truncation)
         if tree is None:
             report.leave_out(LOST[options.truncation], row.origin)
             return
-        if tree.completions[0] == tree.completions[1]:
+        if _are_identical(tree):
             report.leave_out(IDENTICAL_AFTER_CUT, row.origin)
             return
         self._data.trees.append(tree)
@@ -311,10 +387,16 @@ class _Loading:
 
 
 def _unusable(encoded: EncodedTree) -> str | None:
-    if not encoded.prompt_ids:
-        return "empty prompt"
     if not all(encoded.completions):
         return "empty completion"
-    if encoded.completions[0] == encoded.completions[1]:
+    if encoded.scored and not all(map(any, encoded.scored)):
+        return "nothing to score"
+    if _are_identical(encoded):
         return "identical completions"
     return None
+
+
+def _are_identical(tree: EncodedTree | TokenizedTree) -> bool:
+    """Whether chosen and rejected are the same tokens, scored alike."""
+    chosen, rejected = tree.completions
+    return chosen == rejected and (tree.scored is None or tree.scored[0] == tree.scored[1])

@@ -45,7 +45,7 @@ class PreferenceRow:
     prompt: str | list[Message]
     """Text, or chat messages up to the completion."""
     chosen: str | list[Message]
-    """Text, or one assistant message in a list."""
+    """Text, or messages of which the first and the last are the assistant's."""
     rejected: str | list[Message]
     """As `chosen`."""
     origin: str
@@ -56,12 +56,19 @@ class PreferenceRow:
 class TokenizedTree:
     """One prompt and its K completions as token ids; K = 2 means (chosen, rejected).
 
-    The model is given `prompt_ids` and scored on every id of each completion, its end token included.
+    The model is given `prompt_ids` and scored on the ids of each completion, its end token included.
     """
 
     prompt_ids: list[int]
     completions: tuple[list[int], ...]
     origin: str
+    scored: tuple[list[bool], ...] | None = None
+    """Which ids of each completion are scored: of several turns the assistant's. None: all of them."""
+
+    @property
+    def scored_masks(self) -> tuple[list[bool], ...]:
+        """`scored`, written out where it is None."""
+        return self.scored or tuple([True] * len(ids) for ids in self.completions)
 
 
 @dataclass(kw_only=True)

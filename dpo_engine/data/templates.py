@@ -12,12 +12,15 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dpo_engine.data.formats import as_messages, completion_text
+from dpo_engine.data.formats import as_messages
 from dpo_engine.data.records import BadRow, Message, PreferenceRow
 from dpo_engine.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Part = tuple[str, bool]
+"""Some text, and whether its tokens are scored."""
 
 CHAT_TEMPLATE_CHOICES = ("auto", "on", "off")
 _SENTINEL = "dpoenginesentinel"
@@ -28,7 +31,8 @@ class RenderedTree:
     """A prompt and its completions as the text that is tokenised."""
 
     prompt: str
-    completions: tuple[str, ...]
+    completions: tuple[tuple[Part, ...], ...]
+    """Each in parts: one, that is scored, or the assistant's turns and what stands between them."""
     trimmed: bool = False
     """The template puts white space after its generation prompt that it leaves out before an answer."""
 
@@ -73,7 +77,8 @@ class PlainRenderer:
                 f"{row.origin}: the data holds chat messages (or a system text), but no chat template is in use: "
                 "take a tokenizer that has one (chat_template: auto), or give prompt, chosen and rejected as text"
             )
-        return RenderedTree(prompt=row.prompt + self._separator, completions=(row.chosen, row.rejected))
+        completions = (((row.chosen, True),), ((row.rejected, True),))
+        return RenderedTree(prompt=row.prompt + self._separator, completions=completions)
 
 
 class ChatRenderer:
@@ -98,23 +103,60 @@ class ChatRenderer:
         """The row's texts.
 
         Raises:
-            BadRow: The template refuses these messages.
+            BadRow: The template refuses these messages, or does not write a turn alike in all places.
             DataError: The template's generation prompt is not how its answers begin.
         """
         messages, completions = as_messages(row, self._transcript)
         prompt = self._apply(messages, add_generation_prompt=True)
-        trimmed, texts = False, []
+        trimmed, rendered = False, []
         for completion in completions:
             whole = self._apply(messages + completion)
-            start = len(prompt)
-            if not whole.startswith(prompt):
-                start = self._start_of_answer(messages, prompt, whole, row.origin)
-                trimmed = True
-            text = whole[start:]
-            if not text.endswith(self._tail):
+            start = self._start_of_answer(messages, prompt, whole)
+            if start is None and len(completion) > 1:  # a template that does so only within longer answers can be used
+                raise BadRow(_asks_otherwise(prompt, whole))
+            if start is None:
+                raise DataError(f"{row.origin}: {_asks_otherwise(prompt, whole)}")
+            if not whole.endswith(self._tail):
                 raise BadRow(f"the chat template does not close this answer with {self._tail!r} as it closes others")
-            texts.append(text.removesuffix(self._tail) + self._end)
-        return RenderedTree(prompt=prompt, completions=tuple(texts), trimmed=trimmed)
+            trimmed |= start < len(prompt)
+            rendered.append(self._parts(messages, completion, whole, start))
+        return RenderedTree(prompt=prompt, completions=tuple(rendered), trimmed=trimmed)
+
+    def _parts(self, messages: list[Message], completion: list[Message], whole: str, start: int) -> tuple[Part, ...]:
+        """The text of a completion from `start` on: the assistant's turns with their ends, and what is between them.
+
+        Every turn of the assistant begins where the model would be asked for it.
+        """
+        parts: list[Part] = []
+        end = start
+        for index, message in enumerate(completion):
+            if message["role"] != "assistant":
+                continue
+            before = messages + completion[:index]
+            if index:
+                prompt = self._apply(before, add_generation_prompt=True)
+                begins = self._start_of_answer(before, prompt, whole)
+                if begins is None or begins < end:
+                    raise BadRow(f"the chat template writes what comes before message {index + 1} of an answer anew")
+                parts.append((whole[end:begins], False))
+                start = begins
+            end = self._end_of_answer(before, message, whole, start, is_last=index == len(completion) - 1)
+            parts.append((whole[start:end], True))
+        return tuple(part for part in parts if part[0])
+
+    def _end_of_answer(self, before: list[Message], message: Message, whole: str, start: int, is_last: bool) -> int:
+        """Where the turn that begins at `start` is over in `whole`, its end token included.
+
+        A template may write the same turn otherwise when the conversation goes on (without its thoughts, for example);
+        what counts is how it stands in `whole`.
+        """
+        if is_last:
+            return len(whole) - len(self._tail) + len(self._end)
+        alone = self._apply([*before, message]).removesuffix(self._tail) + self._end
+        for closed in (alone, *(whole[:start] + text + self._end for text in _trims(message["content"]))):
+            if len(closed) >= start and whole.startswith(closed):
+                return len(closed)
+        raise BadRow("the chat template writes an answer otherwise than as it was given when the conversation goes on")
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
         from jinja2.exceptions import TemplateError
@@ -125,24 +167,19 @@ class ChatRenderer:
             roles = ", ".join(message["role"] for message in messages)
             raise BadRow(f"the chat template refuses a conversation of {roles}: {error}") from error
 
-    def _start_of_answer(self, messages: list[Message], prompt: str, whole: str, origin: str) -> int:
-        """Where the answer begins in `whole`, when the generation prompt ends with white space that answers lack.
+    def _start_of_answer(self, messages: list[Message], prompt: str, whole: str) -> int | None:
+        """Where the answer to `prompt` begins in `whole`; None where `whole` does not continue it.
 
-        The common beginning must reach past the prompt's messages, so that the cut lies at a message boundary, and what
-        the generation prompt has beyond it must be white space. Anything more (an opened <think>, say) would be a
-        prompt that the answer does not continue.
+        The generation prompt may end with white space that answers lack. Then the common beginning must reach past the
+        prompt's messages, so that the cut lies at a message boundary, and what the generation prompt has beyond it must
+        be white space. Anything more (an opened <think>, say) would be a prompt that the answer does not continue.
         """
+        if whole.startswith(prompt):
+            return len(prompt)
         history = self._apply(messages)
-        differ = (index for index, (asked, told) in enumerate(zip(prompt, whole, strict=False)) if asked != told)
-        start = next(differ, len(whole))
-        beyond = prompt[start:]
-        if start < len(history) or not prompt.startswith(history) or beyond.strip():
-            raise DataError(
-                f"{origin}: the chat template asks for an answer with {_end_of(prompt)!r}, but writes the answer after "
-                f"{_end_of(whole[:start])!r}, so no completion continues its prompt: use a template whose generation "
-                "prompt is how answers begin, or chat_template: off with plain text"
-            )
-        return start
+        start = _alike(prompt, whole)
+        is_at_boundary = start >= len(history) and prompt.startswith(history)
+        return start if is_at_boundary and not prompt[start:].strip() else None
 
     def _end_of_turn(self) -> tuple[str, str]:
         """What the template writes after an answer, and the part of it to keep: up to its first special token."""
@@ -166,9 +203,27 @@ def marker_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def texts_of(row: PreferenceRow) -> str:
     """All text of a row that came from the data, to look for tokens that should only come from a template."""
-    prompt = row.prompt if isinstance(row.prompt, str) else "\n".join(message["content"] for message in row.prompt)
-    return "\n".join([prompt, completion_text(row.chosen), completion_text(row.rejected)])
+    texts = []
+    for value in (row.prompt, row.chosen, row.rejected):
+        texts += [value] if isinstance(value, str) else [message["content"] for message in value]
+    return "\n".join(texts)
 
 
-def _end_of(text: str) -> str:
-    return text[-40:]
+def _asks_otherwise(prompt: str, whole: str) -> str:
+    same = whole[: _alike(prompt, whole)]
+    return (
+        f"the chat template asks for an answer with {prompt[-40:]!r}, but writes the answer after "
+        f"{same[-40:]!r}, so no completion continues its prompt: use a template whose generation prompt is how answers "
+        "begin, or chat_template: off with plain text"
+    )
+
+
+def _alike(text: str, other: str) -> int:
+    """How many characters two texts share from the start."""
+    differ = (index for index, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
+    return next(differ, min(len(text), len(other)))
+
+
+def _trims(content: str) -> tuple[str, ...]:
+    """How a template may write a message's text."""
+    return content, content.strip(), content.lstrip(), content.rstrip()

@@ -4,16 +4,16 @@
 
 Where it does not, because the tokenizer merges characters across the boundary, the prompt keeps the ids it has alone,
 which are the ids the model sees when it is asked, and the completion is tokenised on its own. No completion token ever
-leaks into the prompt.
+leaks into the prompt. The same holds at every boundary within a completion, where scored and unscored parts meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_engine.data.templates import RenderedTree
+from dpo_engine.data.templates import Part, RenderedTree
 from dpo_engine.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ class EncodedTree:
     prompt_ids: list[int]
     completions: tuple[list[int], ...]
     """Each with its end token; empty when its text has no tokens."""
+    scored: tuple[list[bool], ...] | None
+    """Which tokens of each completion are scored; None: all of them."""
     merged: bool
     """The tokenizer merges across the boundary of a completion."""
 
@@ -60,24 +62,39 @@ class TreeEncoder:
         texts = []
         for tree in trees:
             texts.append(tree.prompt)
-            texts.extend(tree.prompt + completion for completion in tree.completions)
+            for parts in tree.completions:
+                texts += _prefixes(tree.prompt, parts)
         ids = iter(self._ids(texts))
-        return [self._split(tree, next(ids), [next(ids) for _ in tree.completions]) for tree in trees]
+        return [self._encoded(tree, ids) for tree in trees]
 
-    def _split(self, tree: RenderedTree, prompt: list[int], wholes: list[list[int]]) -> EncodedTree:
-        merged, completions = False, []
-        for text, whole in zip(tree.completions, wholes, strict=True):
-            if whole[: len(prompt)] == prompt:
-                completion = whole[len(prompt) :]
-            else:
-                merged = True
-                completion = self._continuation(text)
-            if self._eos is not None and completion and completion[-1] != self._eos:
-                completion = [*completion, self._eos]
-            completions.append(self._compact(completion))
+    def _encoded(self, tree: RenderedTree, ids: Iterator[list[int]]) -> EncodedTree:
+        """`ids` gives those of the prompt, and then those of each completion's prefixes."""
+        prompt = next(ids)
+        found = [self._completion(prompt, parts, ids) for parts in tree.completions]
+        every = all(all(mask) for _, mask, _ in found)
         return EncodedTree(
-            prompt_ids=self._compact(self._with_bos(prompt)), completions=tuple(completions), merged=merged
+            prompt_ids=self._compact(self._with_bos(prompt)),
+            completions=tuple(self._compact(completion) for completion, _, _ in found),
+            scored=None if every else tuple(mask for _, mask, _ in found),
+            merged=any(merged for _, _, merged in found),
         )
+
+    def _completion(
+        self, prompt: list[int], parts: Sequence[Part], prefixes: Iterator[list[int]]
+    ) -> tuple[list[int], list[bool], bool]:
+        """A completion's ids, which of them are scored, and whether the tokenizer merges across a boundary."""
+        so_far, mask, merged = prompt, [], False
+        for text, is_scored in parts:
+            whole = next(prefixes)
+            if whole[: len(so_far)] != so_far:
+                merged = True
+                whole = so_far + self._continuation(text)
+            mask += [is_scored] * (len(whole) - len(so_far))
+            so_far = whole
+        completion = so_far[len(prompt) :]
+        if self._eos is not None and completion and completion[-1] != self._eos:
+            completion, mask = [*completion, self._eos], [*mask, True]
+        return completion, mask, merged
 
     def _with_bos(self, prompt: list[int]) -> list[int]:
         if not self._prefix:
@@ -108,3 +125,11 @@ class TreeEncoder:
         """The same ids as one shared object each: 8 bytes a token instead of 36."""
         share = self._shared.setdefault
         return [share(token, token) for token in ids]
+
+
+def _prefixes(prompt: str, parts: Sequence[Part]) -> Iterator[str]:
+    """The text up to the end of each part."""
+    text = prompt
+    for part, _ in parts:
+        text += part
+        yield text

@@ -8,6 +8,8 @@ so a prompt is cut once, as far as the longest completion needs.
   longer than max_length - 1 is then cut at its end.
 - drop: the tree is left out.
 - error: `DataError`.
+
+A tree is lost, too, when nothing that is scored is left of one of its completions.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from dpo_engine.data.records import TokenizedTree
 from dpo_engine.errors import ConfigError, DataError
 
 TRUNCATIONS = ("keep_start", "keep_end", "drop", "error")
-LOST = {"keep_start": "completion lost by truncation", "drop": "longer than max_length"}
+_LOST = "completion lost by truncation"
+LOST = {"keep_start": _LOST, "keep_end": _LOST, "drop": "longer than max_length"}
 """Why `truncate_tree` gave None."""
 
 
@@ -38,7 +41,7 @@ def truncate_tree(tree: TokenizedTree, max_length: int | None, truncation: str) 
 
     Returns:
         The tree itself if it fits, a shorter one, or None when it must be left out for the reason `LOST[truncation]`.
-        No returned completion is empty.
+        Of every returned completion something is scored.
 
     Raises:
         DataError: It does not fit and `truncation` is "error".
@@ -55,8 +58,12 @@ def truncate_tree(tree: TokenizedTree, max_length: int | None, truncation: str) 
         return None
     cut = min(prompt + longest - max_length, prompt - 1) if truncation == "keep_end" else 0
     room = max_length - (prompt - cut)
+    scored = tree.scored and tuple(mask[:room] for mask in tree.scored)
+    if scored and not all(map(any, scored)):
+        return None
     return TokenizedTree(
         prompt_ids=tree.prompt_ids[cut:],
         completions=tuple(completion[:room] for completion in tree.completions),
         origin=tree.origin,
+        scored=scored,
     )

@@ -42,6 +42,20 @@ TRIMS_ANSWER_SPACE = (
 OPENS_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 """Asks with an opened block that rendered answers do not have, as some reasoning models do."""
 
+THINKS_LAST = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Writes a thinking block before an answer that ends the conversation, and none before earlier ones, as Qwen3 does."""
+
+FORGETS = (
+    "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Leaves out what the assistant said before."""
+
 ALTERNATING = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}" + CHATML

@@ -15,6 +15,7 @@ USER = {"role": "user", "content": "q"}
 SYSTEM = {"role": "system", "content": "be brief"}
 GOOD = {"role": "assistant", "content": "good"}
 BAD = {"role": "assistant", "content": "bad"}
+TOOL = {"role": "tool", "content": "42"}
 EARLIER = [USER, {"role": "assistant", "content": "which?"}, {"role": "user", "content": "that one"}]
 HH = "\n\nHuman: hi there \n\nAssistant: hello\n\nHuman: what is up?\n\nAssistant:"
 
@@ -68,6 +69,21 @@ SHAPES: dict[str, tuple[dict[str, Any], str, Any, Any, Any]] = {
         {"chosen": [*EARLIER, GOOD], "rejected": [*EARLIER, BAD]},
         "full conversations: chosen, rejected",
         EARLIER, [GOOD], [BAD],
+    ),
+    "chat, several turns": (
+        {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [USER, BAD, TOOL, GOOD]},
+        "chat pairs: prompt, chosen, rejected",
+        [USER], [GOOD, USER, GOOD], [BAD, TOOL, GOOD],
+    ),
+    "chat, several turns after a text prompt": (
+        {"system": "be brief", "prompt": "q", "chosen": [GOOD, USER, GOOD], "rejected": [BAD]},
+        "chat pairs: prompt, system, chosen, rejected",
+        [SYSTEM, USER], [GOOD, USER, GOOD], [BAD],
+    ),
+    "full conversations of several turns beside the prompt's text": (
+        {"prompt": "q", "chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]},
+        "chat pairs: prompt, chosen, rejected",
+        [USER], [GOOD, USER, GOOD], [BAD, USER, BAD],
     ),
     "transcripts": (
         {"chosen": HH + " good", "rejected": HH + " bad"},
@@ -166,6 +182,9 @@ UNUSABLE = {
         {"chosen": HH + " a", "rejected": HH.replace("hello", "hey") + " b"},
         {"chosen": [*EARLIER, GOOD], "rejected": [USER, BAD]},
         {"prompt": "another", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "another", "chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]},
+        {"prompt": "q", "chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, TOOL, BAD]},
+        {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]},
     ],
     "empty prompt": [
         {"prompt": [], "chosen": [GOOD], "rejected": [BAD]},
@@ -181,8 +200,16 @@ def test_a_row_that_teaches_nothing_is_unusable_for_a_named_reason(reason: str, 
 
 
 BAD_ROWS = [
-    ({"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]}, "found assistant, user, assistant"),
-    ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "must hold one assistant message"),
+    (
+        {"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]},
+        "end with an assistant message, found assistant, user",
+    ),
+    (
+        {"prompt": [USER], "chosen": [SYSTEM, GOOD], "rejected": [BAD]},
+        "must begin (after the prompt's messages, at most)",
+    ),
+    ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "found user"),
+    ({"prompt": "q", "chosen": [GOOD, USER], "rejected": [BAD]}, "found assistant, user"),
     ({"prompt": [USER], "chosen": [], "rejected": [BAD]}, "found no message"),
     ({"prompt": [USER], "chosen": 3, "rejected": [BAD]}, "'chosen' must be a list of messages, found int"),
     ({"prompt": [{"role": "robot", "content": "q"}], "chosen": [GOOD], "rejected": [BAD]}, "message 1: role 'robot'"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dpo_engine.batch import build_forest
 from dpo_engine.data import PairData, tokenize_pairs
 from dpo_engine.data.pairs import MERGED
 from dpo_engine.errors import ConfigError, DataError
@@ -197,13 +198,30 @@ def test_an_instruction_is_separated_from_its_plain_answer() -> None:
     assert r"prompts end with '\n'" in data.report.format
 
 
-def test_an_empty_plain_prompt_is_the_bos_token_or_else_unusable() -> None:
-    row = TEXT | {"prompt": ""}
+@pytest.mark.parametrize("kind", ["words", "merging", "sentencepiece"])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_an_empty_plain_prompt_is_the_bos_token(kind: str, adds_bos: bool) -> None:
+    tokenizer = small_tokenizer(kind, adds_bos=adds_bos)
+    tree = _pairs(TEXT | {"prompt": ""}, tokenizer)[0]
+    assert tree.prompt_ids == [tokenizer.bos_token_id]
+    assert tree.completions[0] == [
+        *tokenizer(TEXT["chosen"], add_special_tokens=False)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
+    forest = build_forest([tree])
+    assert forest.score_from.tolist()[0] == 0 and forest.labels.tolist()[0] == tree.completions[0][0]
+
+
+def test_an_empty_plain_prompt_without_a_bos_token_is_named_or_skipped() -> None:
     tokenizer = small_tokenizer()
-    assert _pairs(row, tokenizer)[0].prompt_ids == [tokenizer.bos_token_id]
     tokenizer.bos_token = None
-    data = tokenize_pairs([row, *[TEXT] * 19], tokenizer, max_length=None)
-    assert data.report.rows_left_out == {"empty prompt": 1} and len(data) == 19
+    rows = [*[TEXT] * 3, TEXT | {"prompt": ""}]
+    with pytest.raises(
+        DataError, match=r"^row 4: the prompt is empty, and the tokenizer has no BOS token .*--skip-bad-rows"
+    ):
+        tokenize_pairs(rows, tokenizer, max_length=None)
+    data = tokenize_pairs(rows, tokenizer, max_length=None, skip_bad_rows=True)
+    assert data.report.rows_left_out == {"empty prompt and no BOS token": 1} and len(data) == 3
 
 
 def test_a_tokenizer_without_eos_is_refused_where_completions_would_have_no_end() -> None:
