@@ -22,6 +22,7 @@ EXTRAS = {
         'bitsandbytes>=0.49; platform_system == "Linux" or platform_system == "Windows"',
         "datasets>=4.0",
         "peft>=0.18",
+        "psutil>=6.0",
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.6",

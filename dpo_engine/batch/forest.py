@@ -144,14 +144,14 @@ def build_forest(trees: Sequence[TreeLike], layout: str = "shared") -> Preferenc
         raise ValueError("build_forest: no trees were given; expected at least one")
     if layout not in LAYOUTS:
         raise ValueError(f"build_forest: layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
-    trees = [as_tree(tree) for tree in trees]
-    completions = [completion for index, tree in enumerate(trees) for completion in _completions(index, tree)]
+    given = [as_tree(tree) for tree in trees]
+    completions = [completion for index, tree in enumerate(given) for completion in _completions(index, tree)]
     if layout in ("shared", "packed"):
         sheets, shape, sources = _in_one_row(completions, layout == "shared")
     else:
         sheets, shape, sources = _padded(completions, layout == "alone")
     lengths = tuple(len(completion.scored) for completion in completions)
-    known = [logps for tree in trees for logps in getattr(tree, "reference_token_logps", None) or ()]
+    known = [logps for tree in given for logps in getattr(tree, "reference_token_logps", None) or ()]
     return PreferenceForest(
         layout=layout,
         input_ids=sheets,
@@ -167,9 +167,9 @@ def build_forest(trees: Sequence[TreeLike], layout: str = "shared") -> Preferenc
         completion_weights=_weights(
             [None if c.weight is None else [c.weight] for c in completions], [1] * len(lengths)
         ),
-        trees=len(trees),
+        trees=len(given),
         lengths=lengths,
-        tokens=sum(tree_cost(tree, layout) for tree in trees),
+        tokens=sum(tree_cost(tree, layout) for tree in given),
     )
 
 

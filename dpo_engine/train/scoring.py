@@ -39,6 +39,11 @@ def make_reference(model: nn.Module, ref_model: nn.Module | None) -> nn.Module |
     return ref_model.requires_grad_(False).eval()
 
 
+def weighted_sum(losses: Tensor, stats: PairStats) -> Tensor:
+    """() the sum of `weights * losses`."""
+    return (losses if stats.weights is None else stats.weights * losses).sum()
+
+
 class PairScorer:
     """Scores forests of pairs, of which completions alternate chosen, rejected.
 

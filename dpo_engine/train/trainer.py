@@ -41,7 +41,7 @@ from dpo_engine.train.budget import Budget, bytes_per_token, forest_budget, free
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
 from dpo_engine.train.ranks import EvenRows, idle_forest, joined_over_ranks, sum_and_most
-from dpo_engine.train.scoring import PairScorer, causal_model, make_reference
+from dpo_engine.train.scoring import PairScorer, causal_model, make_reference, weighted_sum
 from dpo_engine.train.state import RunState, read_state, write_state
 from dpo_engine.train.whole_step import (
     StepPart,
@@ -97,7 +97,8 @@ class DPOTrainer(Trainer):
         args = DPOConfig(output_dir="dpo_output") if args is None else args
         if not isinstance(args, DPOConfig):
             raise ConfigError(f"DPOTrainer: args is a {type(args).__name__}; expected a DPOConfig")
-        self.method = get_method(args.method)
+        assert args.beta is not None  # __post_init__ filled it in
+        self.method, self.beta = get_method(args.method), args.beta
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -116,7 +117,7 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_present,  # trees are packed a step at a time
+            data_collator=_present,  # type: ignore[arg-type]  # trees are packed a step at a time
             train_dataset=train_data,
             eval_dataset=eval_data,
             processing_class=processing_class,
@@ -167,7 +168,7 @@ class DPOTrainer(Trainer):
         self._use_backend(resumed_backend(self.config.backend, state, name, self.args.device, self._head_dtype()))
         self._baseline = RunningMean(state.baseline_count, state.baseline_sum)
         if self.config.max_tokens_per_forest is None:
-            datasets = [self.train_dataset, self.eval_dataset]
+            datasets: list[Any] = [self.train_dataset, self.eval_dataset]
             budget = forest_budget(state.max_tokens_per_forest, datasets, self.layout.name)
             self._use_budget(replace(budget, why=f"as in {name.name}"))
 
@@ -350,8 +351,8 @@ class DPOTrainer(Trainer):
                     with generators_at(part.generators, self.args.device):
                         objective = part.objective(self.scorer.policy_again(model, forest, stats))
                 self.accelerator.backward(objective)
-            total += (stats.weights * losses.detach()).sum() * scale
-            self._train_metrics.add(pair_metrics(stats, losses, self.config.beta), len(losses))
+            total += weighted_sum(losses.detach(), stats) * scale
+            self._train_metrics.add(pair_metrics(stats, losses, self.beta), len(losses))
         return total
 
     def _whole_step(self, model: nn.Module, forests: Sequence[PreferenceForest], scale: float) -> list[StepPart]:
@@ -369,7 +370,7 @@ class DPOTrainer(Trainer):
             self._baseline.add(self.method.baseline(stats, self.config))
             stats = replace(stats, baseline=self._baseline.mean())
         losses = self.method(stats, self.config)
-        return losses, (stats.weights * losses).sum() * scale
+        return losses, weighted_sum(losses, stats) * scale
 
     def _with_idle(self, batch: PreferenceBatch, knows_reference: bool) -> list[PreferenceForest]:
         """The batch's forests, then the idle ones; all of them ask the reference, or none does."""
@@ -474,7 +475,7 @@ class DPOTrainer(Trainer):
         together = replace(unstacked(values, stats), baseline=self._baseline.mean())
         metrics = MetricSums()
         losses = self.method(together, self.config)[mine]
-        metrics.add(pair_metrics(stats, losses, self.config.beta), len(losses))
+        metrics.add(pair_metrics(stats, losses, self.beta), len(losses))
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -23,19 +24,15 @@ from support.tiny_pairs import random_pairs, tiny_llama
 
 RANKS, PAIRS, HELD_OUT, STEPS = 2, 10, 7, 4
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-_FSDP = {
-    "fsdp": True,
-    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False},
-}
 
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "full": {"lora": False},
     "bco": {"lora": True, "method": "bco", "beta": 0.5},
     "known reference": {"lora": True, "precompute_ref_log_probs": True},
-    "fully sharded": {"lora": False, **_FSDP},
-    "fully sharded bco": {"lora": False, "method": "bco", "beta": 0.5, **_FSDP},
-    "fully sharded lora": {"lora": True, **_FSDP},
+    "fully sharded": {"lora": False},
+    "fully sharded bco": {"lora": False, "method": "bco", "beta": 0.5},
+    "fully sharded lora": {"lora": True},
 }
 
 
@@ -57,8 +54,6 @@ def train(folder: Path, case: str, ranks: int) -> Run:
     """Two epochs of ten pairs, eight pairs a step whatever the number of ranks, then an evaluation on seven."""
     settings = dict(CASES[case])
     lora = settings.pop("lora")
-    if ranks == 1:
-        settings = {name: value for name, value in settings.items() if not name.startswith("fsdp")}
     args = DPOConfig(
         output_dir=str(folder),
         use_cpu=True,
@@ -86,6 +81,8 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         peft_config=LORA if lora else None,
         callbacks=[seen],
     )
+    if ranks > 1 and case.startswith("fully sharded"):
+        _shard(trainer)
     forests: list[int] = []
     step = trainer.training_step
 
@@ -106,6 +103,19 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         sharded=seen.sharded,
         forests=forests,
     )
+
+
+def _shard(trainer: DPOTrainer) -> None:
+    """Send the trainer down accelerate's FSDP2 path, which accelerate itself takes with accelerators only."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    state = trainer.accelerator.state
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+    )
+    trainer.is_fsdp_enabled = True
 
 
 class _Recorder(TrainerCallback):
@@ -150,6 +160,7 @@ def _rank(rank: int, folder: str, cases: list[str], port: int) -> None:
         "ACCELERATE_USE_CPU": "true",
     }
     for case in cases:
+        AcceleratorState._reset_state()  # a case may have changed it
         found = train(Path(folder) / case, case, RANKS)
         torch.save(found, f"{folder}/{case}-{rank}.pt")
     torch.distributed.destroy_process_group()
