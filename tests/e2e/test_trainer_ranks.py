@@ -54,3 +54,11 @@ def test_the_ranks_of_these_runs_had_unequal_numbers_of_forests(two_ranks: dict[
     first, second = (run.forests for run in two_ranks["lora"])
     assert any(mine != other for mine, other in zip(first, second, strict=True))
     assert 0 in first + second, "no step was left to a rank without pairs"
+
+
+def test_replicas_add_up_their_gradients_once_a_step_in_as_many_backwards(two_ranks: dict[str, list[Run]]) -> None:
+    for case in ("lora", "full", "bco"):
+        first, second = (run.reduced for run in two_ranks[case])
+        assert first == second and len(first) == trainer_ranks.STEPS
+        assert max(map(len, first)) > 1
+        assert all(step[-1] and not any(step[:-1]) for step in first)

@@ -48,6 +48,8 @@ class Run:
     """Whether every gradient was a part of a whole one."""
     forests: list[int]
     """Forests with trees of each step, on this rank."""
+    reduced: list[list[bool]]
+    """For each step, whether each of its backwards added up gradients over replicas."""
 
 
 def train(folder: Path, case: str, ranks: int) -> Run:
@@ -84,11 +86,19 @@ def train(folder: Path, case: str, ranks: int) -> Run:
     if ranks > 1 and case.startswith("fully sharded"):
         _shard(trainer)
     forests: list[int] = []
-    step = trainer.training_step
+    reduced: list[list[bool]] = []
+    step, backward = trainer.training_step, trainer.accelerator.backward
+
+    def seen_backward(loss: Any, **more: Any) -> None:
+        reduced[-1].append(getattr(trainer.model_wrapped, "require_backward_grad_sync", True))
+        backward(loss, **more)
+
+    trainer.accelerator.backward = seen_backward
 
     def counted(model: Any, inputs: Any, *more: Any) -> Any:
         if inputs.forests or inputs.idle:
             forests.append(len(inputs.forests))
+            reduced.append([])
         return step(model, inputs, *more)
 
     trainer.training_step = counted  # type: ignore[method-assign]
@@ -102,6 +112,7 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         held_out=held_out,
         sharded=seen.sharded,
         forests=forests,
+        reduced=reduced,
     )
 
 
