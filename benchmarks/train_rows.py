@@ -123,10 +123,9 @@ def read_pairs(path: Path, model_path: str, max_length: int, count: int) -> list
     ]
 
 
-def missing(row: Row) -> str | None:
-    """Why a row cannot be measured here, where it cannot."""
-    needed = ("trl", "datasets") if row.script == "train_trl.py" else ()
-    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+def missing_packages(*names: str) -> str | None:
+    """Why a row cannot be measured here, where a package is not installed."""
+    absent = [name for name in names if importlib.util.find_spec(name) is None]
     return f"n/a: {' and '.join(absent)} not installed" if absent else None
 
 
@@ -134,7 +133,7 @@ def run_row(name: str, job: Job, limit_s: float) -> Record:
     """One row in a process of its own: its figures, or in `status` why there are none."""
     row = ROWS[name]
     common = {"row": name, "note": NOTES[name], **row.options}
-    why = missing(row)
+    why = missing_packages("trl", "datasets") if row.script == "train_trl.py" else None
     if why:
         return common | {"status": why}
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
