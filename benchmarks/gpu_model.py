@@ -71,9 +71,8 @@ def _quantise(decoder: nn.Module, dtype: torch.dtype) -> None:
     """Put NF4 layers with double quantisation in the place of the linear ones."""
     import bitsandbytes
 
-    for name, module in list(decoder.named_modules()):
-        if type(module) is not nn.Linear:
-            continue
+    for name in [name for name, module in decoder.named_modules() if type(module) is nn.Linear]:
+        module = decoder.get_submodule(name)
         layer: Any = bitsandbytes.nn.Linear4bit(
             module.in_features,
             module.out_features,
@@ -84,7 +83,7 @@ def _quantise(decoder: nn.Module, dtype: torch.dtype) -> None:
             device="meta",
         )
         weight = module.weight.data
-        layer.weight = bitsandbytes.nn.Params4bit(
+        layer.weight = bitsandbytes.nn.Params4bit(  # quantised as it is moved
             weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
         ).to(weight.device)
         decoder.set_submodule(name, layer)

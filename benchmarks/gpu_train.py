@@ -41,6 +41,8 @@ from train_watch import OutOfTime, StepWatch
 
 sys.path.insert(0, str(ROOT))
 
+from op_implementations import peer_errors
+
 Record = dict[str, Any]
 LEAST_S = 5.0  # no row starts with less
 
@@ -114,14 +116,13 @@ def run_row(name: str, model: nn.Module, pairs: list[Record], settings: Settings
                 "first_rejected": log["logps/rejected"],
                 "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                 "peak_mb": _peak_mb(settings.device),
-                "forest_tokens": getattr(trainer, "max_tokens_per_forest", None),
-                "layout": getattr(getattr(trainer, "layout", None), "name", None),
+                **({"layout": trainer.layout.name, "lines": trainer.lines()} if row.side == "engine" else {}),
             }
             del trainer
             return found
     except OutOfTime as late:
         return {"status": f"not measured: {late}"}
-    except (RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:  # a peer may raise any of these
+    except peer_errors() as error:
         return {"status": f"failed: {one_line(error)}"}
     finally:
         watch.close()
@@ -213,24 +214,22 @@ def borrowed(model: Any) -> Iterator[None]:
     from dpo_engine.model.scoring import unbind_scoring
 
     embedding = model.get_input_embeddings()
-    hooks = dict(embedding._forward_hooks)
+    hooks, attributes = set(embedding._forward_hooks), set(model.__dict__)
     try:
         yield
     finally:
         unbind_scoring(model)
         restore_attention(model)
-        model.__dict__.pop("forward", None)  # TRL's
         for name, module in list(model.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 model.set_submodule(name, module.get_base_layer())
-        model.__dict__.pop("peft_config", None)
-        model.gradient_checkpointing_disable()
-        for number in [number for number in embedding._forward_hooks if number not in hooks]:
+            elif hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        for number in set(embedding._forward_hooks) - hooks:
             del embedding._forward_hooks[number]
+        for name in set(model.__dict__) - attributes:  # TRL's forward among them
+            del model.__dict__[name]
         model.requires_grad_(False).eval()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _reset_peak(device: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_watch import StepWatch, peak_cuda_mb
+from train_watch import Refused, StepWatch, peak_cuda_mb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -59,9 +59,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "peak_cuda_mb": peak_cuda_mb(),
-        "max_tokens_per_forest": trainer.max_tokens_per_forest,
-        "layout": trainer.layout.line,
-        "backend": trainer.backend.name,
+        "forest_tokens": trainer.budget.tokens,
+        "lines": trainer.lines(),
     }
 
 
@@ -112,9 +111,7 @@ def check_ids(trees: Any, pairs: list[dict[str, Any]]) -> None:
     wanted = [(p["prompt_ids"], p["chosen_ids"], p["rejected_ids"]) for p in pairs]
     differ = [i for i, (mine, its) in enumerate(zip(wanted, found, strict=False)) if mine != its]
     if len(found) != len(wanted) or differ:
-        raise SystemExit(
-            f"error: the engine trained on other tokens: {len(found)} rows of {len(wanted)}, {differ[:8]} differ"
-        )
+        raise Refused(f"the engine trained on other tokens: {len(found)} rows of {len(wanted)}, {differ[:8]} differ")
 
 
 def check_layout(trees: Any, layout: str, computed: int) -> None:
@@ -122,8 +119,8 @@ def check_layout(trees: Any, layout: str, computed: int) -> None:
     least = _tokens(trees, "shared" if layout == "shared" else "packed")
     most = _tokens(trees, "packed") if layout == "shared" else float("inf")
     if not least <= computed <= most:
-        raise SystemExit(
-            f"error: {computed} tokens were computed, but layout {layout} takes {least} to {most}: it was not in use"
+        raise Refused(
+            f"{computed} tokens were computed, but layout {layout} takes {least} to {most}: it was not in use"
         )
 
 

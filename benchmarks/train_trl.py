@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from train_watch import StepWatch, peak_cuda_mb
+from train_watch import Refused, StepWatch, peak_cuda_mb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl import __version__ as trl_version
@@ -72,9 +72,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     watch.close()
     scored = sum(len(pair[name]) for pair in spec["pairs"] for name in IDS[1:])
     if spec["compaction"] and sum(rows) != scored:
-        raise SystemExit(
-            f"error: TRL's head was given {sum(rows)} rows; with compaction expected the {scored} scored ones"
-        )
+        raise Refused(f"TRL's head was given {sum(rows)} rows; with compaction expected the {scored} scored ones")
     return {
         "trl": trl_version,
         "step_seconds": watch.seconds,
@@ -152,8 +150,8 @@ def check_ids(trainer: DPOTrainer, pairs: list[dict[str, Any]]) -> None:
     wanted = [(p["prompt_ids"] + p[name], len(p[name])) for p in pairs for name in IDS[1:]]
     differ = [i // 2 for i, (mine, its) in enumerate(zip(wanted, found, strict=False)) if mine != its]
     if len(found) != len(wanted) or differ:
-        raise SystemExit(
-            f"error: TRL trains on other tokens: {len(found)} rows of {len(wanted)}, pairs {differ[:8]} differ in their ids"
+        raise Refused(
+            f"TRL trains on other tokens: {len(found)} rows of {len(wanted)}, pairs {differ[:8]} differ in their ids"
         )
 
 

@@ -18,6 +18,10 @@ class OutOfTime(RuntimeError):
     """A row cannot be done within its time."""
 
 
+class Refused(RuntimeError):
+    """A run is not what it was to be, so its figures may not stand beside others."""
+
+
 class StepWatch(TrainerCallback):
     """A step lasts from the end of the one before to its own end: collating and logging are part of it.
 

@@ -87,14 +87,14 @@ def test_the_forced_layout_pads_and_computes_the_same(folder: Path, tmp_path: Pa
     padded, shared = (run_here(name, its, tmp_path / name) for name in ("engine_padded", "engine_shared"))
     assert sum(padded["step_tokens"]) >= sum(2 * p + c - 1 + r - 1 for p, c, r in lengths(its))
     assert [e["loss"] for e in padded["log"]] == pytest.approx([e["loss"] for e in shared["log"]], abs=1e-5)
-    assert padded["layout"].endswith("(forced by the benchmark)")
+    assert padded["lines"][0] == "layout: padded (forced by the benchmark)"
 
 
 def test_a_layout_that_was_not_in_use_is_refused() -> None:
     trees = list(random_pairs(4))
     taken = sum(len(t.prompt_ids) + sum(len(c) - 1 for c in t.completions) for t in trees)
     engine.check_layout(trees, "shared", taken)
-    with pytest.raises(SystemExit, match="was not in use"):
+    with pytest.raises(watch.Refused, match="was not in use"):
         engine.check_layout(trees, "padded", taken)
 
 
@@ -119,7 +119,7 @@ def test_trl_gets_the_same_tokens_and_comes_to_the_same_log_probs(folder: Path, 
 
 @needs_trl
 def test_tokens_that_trl_would_cut_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="TRL trains on other tokens"):
+    with pytest.raises(watch.Refused, match="TRL trains on other tokens"):
         run_here("trl", job(folder, max_length=12), tmp_path)
 
 
