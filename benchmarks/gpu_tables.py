@@ -23,7 +23,7 @@ def show(records: Sequence[Record]) -> str:
 def _group(records: Sequence[Record]) -> str:
     first = records[0]
     title = (
-        f"{first['weights']}, lengths of {first['lengths']}: {first['pairs']} pairs in steps of {first['step']} (the first "
+        f"{first['weights']}, lengths of {first['lengths']}: {first['pairs']} pairs in steps of {first['pairs_per_step']} (the first "
         f"not timed), max_length {first['max_length']}, {first['dtype']}"
     )
     wrong = disagreements(records)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ from torch import nn
 from train_flops import gemm_tflops, model_flops
 from train_rows import missing_packages
 from train_watch import OutOfTime, StepWatch
+from transformers import PrinterCallback, set_seed
 
 sys.path.insert(0, str(ROOT))
 
@@ -54,9 +56,7 @@ class Row:
     side: str  # engine or trl
     precompute: bool
     checkpointing: bool
-    micro: int | None = (
-        None  # pairs in TRL's micro-batch; None: all of a step, which the engine packs by its own budget
-    )
+    micro: int | None = None  # pairs in TRL's micro-batch; the engine is given a step and packs it
 
 
 # In the order in which they are measured: what the targets need comes first.
@@ -103,6 +103,7 @@ def run_row(name: str, model: nn.Module, pairs: list[Record], settings: Settings
         with borrowed(model), tempfile.TemporaryDirectory(prefix="dpo-gpu-") as folder:
             side = _with_engine if row.side == "engine" else _with_trl
             trainer = side(row, model, pairs, settings, folder, watch)
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
             log = next(entry for entry in trainer.state.log_history if "loss" in entry)
             found = {
@@ -114,6 +115,7 @@ def run_row(name: str, model: nn.Module, pairs: list[Record], settings: Settings
                 "first_loss": log["loss"],
                 "first_chosen": log["logps/chosen"],
                 "first_rejected": log["logps/rejected"],
+                "first_grad_norm": log["grad_norm"],
                 "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                 "peak_mb": _peak_mb(settings.device),
                 **({"layout": trainer.layout.name, "lines": trainer.lines()} if row.side == "engine" else {}),
@@ -135,6 +137,7 @@ def _with_engine(
 
     from dpo_engine import DPOConfig, DPOTrainer
 
+    set_seed(0)  # TRL does it before it draws the adapters
     return DPOTrainer(
         model=model,
         args=DPOConfig(
@@ -153,11 +156,12 @@ def _with_engine(
 def _with_trl(
     row: Row, model: nn.Module, pairs: list[Record], settings: Settings, folder: str, watch: StepWatch
 ) -> Any:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from train_trl import TimedTrainer, check_ids
     from trl import DPOConfig
     from trl.trainer import dpo_trainer
 
+    disable_progress_bars()
     micro = min(row.micro or settings.step, settings.step)
     # Before it precomputes, TRL copies the model to the host and hashes it for the name of a cache file. That takes longer than
     # what is measured here and is no part of a step, so it is left out.
@@ -319,6 +323,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
+    os.environ["TQDM_DISABLE"] = "1"  # TRL asks for it
     made = parser()
     args = made.parse_args(arguments)
     if args.steps < 2:
@@ -338,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "weights": args.weights,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "pairs": args.step * args.steps,
-        "step": args.step,
+        "pairs_per_step": args.step,
         "max_length": settings.max_length,
         "tiny": args.tiny,
     }

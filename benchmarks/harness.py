@@ -227,7 +227,7 @@ def run_watched(
                 peak = max(peak, rss_mb(process.pid, peak=True))
                 time.sleep(0.02)
                 if time.perf_counter() - begin > limit_s:
-                    raise OverLimit(f"took more than {limit_s:.0f} s")
+                    raise OverLimit(f"took more than {limit_s:g} s")
         finally:
             if process.poll() is None:
                 process.kill()

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, OverLimit, last_json, one_line, run_watched
+from harness import ROOT, OverLimit, last_json, run_watched
 
 Record = dict[str, Any]
 
@@ -146,10 +146,8 @@ def run_row(name: str, job: Job, limit_s: float) -> Record:
         except OverLimit as error:
             return common | {"status": f"not measured: {error}"}
         except RuntimeError as error:
-            return common | {
-                "status": f"failed: {one_line(RuntimeError(str(error).splitlines()[-1]))}",
-                "tail": str(error),
-            }
+            said = str(error)
+            return common | {"status": f"failed: {said.splitlines()[-1][:160]}", "tail": said}
     result = last_json(done.stdout)
     log = result.pop("log")
     first = log[0]

@@ -176,6 +176,7 @@ def test_the_engine_and_trl_start_alike_on_the_same_pairs(tmp_path: Path, capsys
     text = capsys.readouterr().out
     assert "do not agree" not in text
     assert all(word in text for word in ("target 2 x TRL's best:", "target 3 x TRL's default:", "target lower peak"))
+    assert [r["first_grad_norm"] for r in found] == pytest.approx([found[0]["first_grad_norm"]] * 4, rel=1e-3)
     assert found[1]["step_tokens"][1] < found[0]["step_tokens"][1] == found[2]["step_tokens"][1]
 
 
@@ -184,6 +185,19 @@ def test_quantised_weights_train_too(tmp_path: Path) -> None:
     rows = ["engine", *(["trl_default"] if HAS_TRL else [])]
     found = run_main(tmp_path, "--weights", "nf4", "--rows", *rows)
     assert [r["status"] for r in found] == ["measured"] * len(rows), found
+
+
+def test_all_linear_layers_but_the_head_are_quantised() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    config = gpu_model.llama_config(tiny=True)
+    plain, quantised = (gpu_model.make_model(config, name, "cpu", torch.float32) for name in gpu_model.WEIGHTS)
+    layers = [m for m in quantised.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 7 * config.num_hidden_layers and type(quantised.lm_head) is torch.nn.Linear
+    assert all(layer.weight.quant_state.nested and layer.weight.dtype == torch.uint8 for layer in layers)
+    hidden = torch.randn(1, 3, config.hidden_size)
+    name = "model.layers.1.mlp.up_proj"
+    mine, its = (model.get_submodule(name)(hidden) for model in (quantised, plain))
+    assert 0.01 < float((mine - its).norm() / its.norm()) < 0.2  # the same weights, rounded
 
 
 def test_without_bitsandbytes_quantised_rows_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +232,7 @@ def test_a_trainer_leaves_nothing_on_the_model_even_if_it_fails(tmp_path: Path) 
 def record(row: str, pairs_per_s: float, **changes: Any) -> dict[str, Any]:
     settings = {
         "weights": "bf16", "lengths": "hh", "row": row, "side": row.split("_")[0], "status": "measured", "pairs": 48,
-        "step": 16, "max_length": 1024, "dtype": "bfloat16", "pairs_per_s": pairs_per_s, "computed_tokens_per_s": 9e3,
+        "pairs_per_step": 16, "max_length": 1024, "dtype": "bfloat16", "pairs_per_s": pairs_per_s, "computed_tokens_per_s": 9e3,
         "utilisation_of_measured": 0.4, "utilisation_of_published": None, "peak_mb": 2048.0, "reference_s": 1.0,
         "first_loss": math.log(2), "first_chosen": -700.0, "first_rejected": -650.0, "trainable_parameters": 7,
     }  # fmt: skip
