@@ -23,8 +23,8 @@ def show(records: Sequence[Record]) -> str:
 def _group(records: Sequence[Record]) -> str:
     first = records[0]
     title = (
-        f"{first['weights']}, lengths of {first['lengths']}: {first['pairs']} pairs in steps of {first['pairs_per_step']} (the first "
-        f"not timed), max_length {first['max_length']}, {first['dtype']}"
+        f"{first['weights']}, lengths of {first['lengths']}: {first['pairs']} pairs in steps of {first['pairs_per_step']} "
+        f"(the first not timed), max_length {first['max_length']}, {first['dtype']}"
     )
     wrong = disagreements(records)
     if wrong:

@@ -95,10 +95,10 @@ def test_make_gpu_hands_its_time_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", gpu_pairs.LENGTHS)
 def test_pairs_have_the_medians_that_are_written_down_and_are_no_longer_than_allowed(name: str) -> None:
     lengths = gpu_pairs.LENGTHS[name]
-    pairs = gpu_pairs.draw_pairs(lengths, 2000, vocabulary=50, max_length=1024)
+    pairs = gpu_pairs.draw_pairs(lengths, 400, vocabulary=50, max_length=1024)
     for key, median in (("prompt_ids", lengths.prompt_median), ("chosen_ids", lengths.completion_median)):
-        middle = sorted(len(pair[key]) for pair in pairs)[1000]
-        assert middle == pytest.approx(median, rel=0.1)
+        middle = sorted(len(pair[key]) for pair in pairs)[200]
+        assert middle == pytest.approx(median, rel=0.2)
     assert all(len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) <= 1024 for p in pairs)
     assert {i for p in pairs[:50] for i in p["rejected_ids"]} <= set(range(2, 50))
     assert pairs[:5] == gpu_pairs.draw_pairs(lengths, 5, vocabulary=50, max_length=1024)
@@ -160,11 +160,11 @@ def run_main(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_the_engines_rows_run_one_after_the_other_on_one_model(tmp_path: Path, capsys: Any) -> None:
-    found = run_main(tmp_path, "--rows", "engine", "engine_stored", "engine_default")
-    assert [r["status"] for r in found] == ["measured"] * 3
+    found = run_main(tmp_path, "--rows", "engine", "engine_default")
+    assert [r["status"] for r in found] == ["measured"] * 2
     assert all(r["first_loss"] == pytest.approx(math.log(2), abs=1e-5) for r in found)
     assert len({round(r["first_chosen"], 4) for r in found}) == 1
-    assert found[0]["reference_s"] > 0 == found[2]["reference_s"]
+    assert found[0]["reference_s"] > 0 == found[1]["reference_s"]
     text = capsys.readouterr().out
     assert "bf16, lengths of hh: 8 pairs in steps of 4" in text and "target" not in text
 
