@@ -109,7 +109,7 @@ def read_pairs(path: Path, model_path: str, max_length: int, count: int) -> list
     """Token ids of the first `count` usable pairs, as the engine trains on them.
 
     Raises:
-        ValueError: the file has fewer.
+        ValueError: the file has fewer, or one of them scores only part of a completion, which TRL cannot.
     """
     from dpo_engine.data import load_pairs
     from dpo_engine.model.loading import load_tokenizer
@@ -117,6 +117,9 @@ def read_pairs(path: Path, model_path: str, max_length: int, count: int) -> list
     trees = load_pairs(path, load_tokenizer(model_path), max_length=max_length, limit=count).trees
     if len(trees) < count:
         raise ValueError(f"{path} has {len(trees)} usable pairs; expected {count} of them")
+    partly = [tree.origin for tree in trees if not all(map(all, getattr(tree, "scored", None) or ()))]
+    if partly:
+        raise ValueError(f"{partly[0]} has a completion of several turns, of which TRL would score the user's too")
     return [
         {"prompt_ids": tree.prompt_ids, "chosen_ids": tree.completions[0], "rejected_ids": tree.completions[1]}
         for tree in trees

@@ -18,6 +18,7 @@ pytest.importorskip("peft")
 from support.benchmark_scripts import load
 
 gpu_train = load("gpu_train")
+gpu_rows = load("gpu_rows")
 gpu_tables = load("gpu_tables")
 gpu_pairs = load("gpu_pairs")
 gpu_model = load("gpu_model")
@@ -56,9 +57,9 @@ def measured(
 
 def test_all_rows_end_within_the_budget_even_if_every_one_takes_too_long() -> None:
     clock = Clock(1e9)
-    found = measured(clock, list(gpu_pairs.LENGTHS), list(gpu_train.ROWS), until=140.0)
+    found = measured(clock, list(gpu_pairs.LENGTHS), list(gpu_rows.ROWS), until=140.0)
     assert clock.now <= 140.0
-    assert len(found) == len(gpu_pairs.LENGTHS) * len(gpu_train.ROWS)
+    assert len(found) == len(gpu_pairs.LENGTHS) * len(gpu_rows.ROWS)
     assert all(record["status"].startswith("not measured") for record in found)
 
 
@@ -110,7 +111,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     config = gpu_model.llama_config(tiny=True)
-    model = get_peft_model(gpu_model.make_model(config, "bf16", "cpu", torch.float32), gpu_train.lora())
+    model = get_peft_model(gpu_model.make_model(config, "bf16", "cpu", torch.float32), gpu_rows.lora())
     pair = {"prompt_ids": [3] * 21, "chosen_ids": [4] * 12, "rejected_ids": [5] * 12}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counted = train_flops.model_flops(config, [pair], trainable=trainable, shared=False)
@@ -212,17 +213,17 @@ def test_a_trainer_leaves_nothing_on_the_model_even_if_it_fails(tmp_path: Path) 
     ids = torch.arange(2, 20)[None]
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-    settings = gpu_train.Settings(
+    settings = gpu_rows.Settings(
         weights="bf16", device="cpu", dtype=torch.float32, step=4, steps=2, max_length=64, forest_tokens=None, limit_s=60
     )  # fmt: skip
     pairs = gpu_pairs.draw_pairs(gpu_pairs.LENGTHS["hh"], 8, vocabulary=512, max_length=64, scale=0.1)
-    late = gpu_train.run_row("engine", model, pairs, settings, until=0.0)
+    late = gpu_rows.run_row("engine", model, pairs, settings, until=0.0)
     assert late["status"] == "not measured: 1 of 2 steps were done when the time was used up"
     assert ({n for n, _ in model.named_modules()}, set(model.__dict__), model.config._attn_implementation) == before
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, logits)
-    broken = gpu_train.run_row("engine", model, [], settings, until=math.inf)
+    broken = gpu_rows.run_row("engine", model, [], settings, until=math.inf)
     assert broken["status"].startswith("failed: ")
 
 
