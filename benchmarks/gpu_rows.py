@@ -139,8 +139,10 @@ def _with_trl(
 
     disable_progress_bars()
     micro = min(row.micro or settings.step, settings.step)
-    # Before it precomputes, TRL copies the model to the host and hashes it for the name of a cache file. That takes longer than
-    # what is measured here and is no part of a step, so it is left out.
+    if settings.step % micro:
+        raise ValueError(f"a step of {settings.step} pairs is no multiple of TRL's micro-batch of {micro}")
+    # Before it precomputes, TRL copies the model to the host and hashes it as float32, for the name of a cache file. That is no
+    # part of a step, and there is no time for it here.
     unhashed = patch.object(dpo_trainer, "hash_module", lambda module: "not hashed")
     with unhashed, patch.dict(os.environ, TQDM_DISABLE="1"):
         trainer = TimedTrainer(

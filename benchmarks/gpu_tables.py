@@ -26,6 +26,7 @@ def _group(records: Sequence[Record]) -> str:
         f"{first['weights']}, lengths of {first['lengths']}: {first['pairs']} pairs in steps of {first['pairs_per_step']} "
         f"(the first not timed), max_length {first['max_length']}, {first['dtype']}"
     )
+    title += " (a trial on two small layers: says nothing about a card)" if first["tiny"] else ""
     wrong = disagreements(records)
     if wrong:
         return "\n".join([title, "no figures, for the rows do not agree:", *wrong])

@@ -232,7 +232,7 @@ def test_a_trainer_leaves_nothing_on_the_model_even_if_it_fails(tmp_path: Path) 
 
 def record(row: str, pairs_per_s: float, **changes: Any) -> dict[str, Any]:
     settings = {
-        "weights": "bf16", "lengths": "hh", "row": row, "side": row.split("_")[0], "status": "measured", "pairs": 48,
+        "weights": "bf16", "tiny": False, "lengths": "hh", "row": row, "side": row.split("_")[0], "status": "measured", "pairs": 48,
         "pairs_per_step": 16, "max_length": 1024, "dtype": "bfloat16", "pairs_per_s": pairs_per_s, "computed_tokens_per_s": 9e3,
         "utilisation_of_measured": 0.4, "utilisation_of_published": None, "peak_mb": 2048.0, "reference_s": 1.0,
         "first_loss": math.log(2), "first_chosen": -700.0, "first_rejected": -650.0, "trainable_parameters": 7,
@@ -251,6 +251,14 @@ def test_targets_are_met_or_missed_by_the_fastest_rows_of_each_side() -> None:
         "target lower peak memory than TRL's best: met (0.50 of it)",
     ]
     assert gpu_tables.targets(found[:2]) == []
+
+
+@needs_trl
+def test_a_step_that_trl_cannot_divide_is_refused_instead_of_made_smaller(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    arguments = [*TINY, "--step", "3", "--rows", "trl_stored", "--records", str(path)]
+    assert gpu_train.main(arguments) == 0
+    assert "no multiple of TRL's micro-batch of 2" in json.loads(path.read_text("utf-8"))["status"]
 
 
 def test_rows_that_do_not_agree_have_no_figures() -> None:
