@@ -2,7 +2,7 @@
 #
 # PYTHON=python3.12 make demo     another interpreter for .venv (3.10 to 3.13)
 # make test PYTEST_ARGS='-k head' arguments handed on to pytest
-# make gpu PART=ops              a part of the checks on a card: correctness or ops; default: both
+# make gpu PART=ops              a part of the checks on a card: correctness, ops or train; default: all
 # pip's own settings (PIP_INDEX_URL, pip.conf, ...) are respected.
 
 PYTHON ?= python3

@@ -3,6 +3,7 @@
     make gpu                          every part, with the Python that $(PYTHON) names
     make gpu PART=correctness         the kernels' and the operator's tests on the card
     make gpu PART=ops                 the operator beside bare GEMMs and peers: benchmarks/ops.py
+    make gpu PART=train               a Llama-3.1-8B-shaped model trained beside TRL: benchmarks/gpu_train.py
     make gpu PART=ops GPU_ARGS='--shapes 8192,4096,128256'      all of the time for one shape
 
 Nothing is installed or fetched: torch, triton and pytest must be there; a peer that is not reads "n/a". Each part ends within its
@@ -71,7 +72,7 @@ class Job:
     device: str
     shapes: tuple[str, ...]
     folder: Path  # empty at the start of a part
-    rest: tuple[str, ...] = ()  # arguments handed on to ops.py
+    rest: tuple[str, ...] = ()  # arguments handed on to ops.py or gpu_train.py
 
 
 # ---- the parts: a table ----
@@ -104,7 +105,18 @@ def ops(job: Job) -> list[Step]:
     ]
 
 
-PARTS: dict[str, Callable[[Job], list[Step]]] = {"correctness": correctness, "ops": ops}
+def train(job: Job) -> list[Step]:
+    """One process for each kind of weights, since both models need the card's memory."""
+
+    def command(weights: str) -> Command:
+        run = [sys.executable, str(ROOT / "benchmarks" / "gpu_train.py"), "--device", job.device, "--weights", weights]
+        run += ["--records", str(job.folder / "train.jsonl"), *(["--tiny"] if job.device == "cpu" else []), *job.rest]
+        return lambda seconds: [*run, "--budget_s", f"{max(1.0, 0.85 * seconds):.0f}"]
+
+    return [Step(name=weights, command=command(weights)) for weights in ("bf16", "nf4")]
+
+
+PARTS: dict[str, Callable[[Job], list[Step]]] = {"correctness": correctness, "ops": ops, "train": train}
 
 
 # ---- running a part ----
@@ -188,13 +200,12 @@ def run_process(command: Sequence[str], limit_s: float, environment: Mapping[str
 
 
 def gathered(part: str, outcomes: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The records of a part: one for each step, with its tests counted, and all that `ops.py` left."""
+    """The records of a part: one for each step, with its tests counted, and all that its scripts left."""
     records = []
     for outcome in outcomes:
         report = folder / f"{outcome['step']}.xml"
         records.append({"part": part, **outcome, **(tests_of(report) if report.exists() else {})})
-    left = folder / "ops.jsonl"
-    if left.exists():
+    for left in sorted(folder.glob("*.jsonl")):
         for line in left.read_text(encoding="utf-8").splitlines():
             if line.endswith("}"):  # a process that was stopped may have been writing
                 records.append({"part": part, **json.loads(line)})

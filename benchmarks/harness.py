@@ -24,7 +24,17 @@ from typing import Any
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "datasets", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "bitsandbytes",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 COMMIT_VARIABLE = "DPO_ENGINE_COMMIT"  # says which commit it is where the files came without their history
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "avx10_1", "bf16")  # x86, x86, x86, Arm
 
@@ -181,7 +191,17 @@ class Finished:
     peak_rss_mb: float  # of its own address space, as the kernel counted it
 
 
-def run_watched(command: Sequence[str], *, env: Mapping[str, str] | None = None, echo: bool = False) -> Finished:
+class OverLimit(RuntimeError):
+    """A subprocess was stopped because it took too long."""
+
+
+def run_watched(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    echo: bool = False,
+    limit_s: float = float("inf"),
+) -> Finished:
     """Run a process to its end and take its peak resident memory from outside.
 
     `VmHWM` is read every 20 ms until the process is gone; it only ever grows, so the last reading misses at most what
@@ -190,8 +210,10 @@ def run_watched(command: Sequence[str], *, env: Mapping[str, str] | None = None,
     Args:
         env: added to this process's environment.
         echo: pass the child's stderr through instead of keeping it.
+        limit_s: seconds after which it is stopped.
 
     Raises:
+        OverLimit: it was stopped.
         RuntimeError: it exited with another status than 0; the message ends with the last lines it wrote.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -204,6 +226,8 @@ def run_watched(command: Sequence[str], *, env: Mapping[str, str] | None = None,
             while process.poll() is None:
                 peak = max(peak, rss_mb(process.pid, peak=True))
                 time.sleep(0.02)
+                if time.perf_counter() - begin > limit_s:
+                    raise OverLimit(f"took more than {limit_s:g} s")
         finally:
             if process.poll() is None:
                 process.kill()
