@@ -10,6 +10,9 @@ What a forest looks like reaches the mask function by a context variable. What t
 an empty tensor that carries the trees' masks: gradient checkpointing hands the same object to a layer again in backward.
 Without a forest both functions are the model's own, so generation and plain scoring go on as before.
 
+Models that keep their attention to themselves take the forest as one mask instead (`forest_mask`). Which of the two forms a
+model uses is put there by `use_forest_attention` and said by `forest_form`, and nowhere else.
+
 Sources: `transformers.AttentionInterface`, `transformers.AttentionMaskInterface`.
 """
 
@@ -47,21 +50,34 @@ def over_forest(shape: ForestShape) -> Iterator[None]:
         _current.reset(token)
 
 
-def use_forest_attention(model: PreTrainedModel) -> bool:
-    """Put forest attention in the place of the model's own; False where that is not one of `OWN`. Twice is once."""
-    own = model.config._attn_implementation
-    if has_forest_attention(model):
+def use_forest_attention(model: PreTrainedModel, form: str = "trees") -> bool:
+    """Put a form of forest attention in place, instead of any other; False where the model cannot be asked for it.
+
+    Whether the model then gives the right numbers is for a probe to find out (`layout.choose_layout`).
+
+    Args:
+        form: "trees", the model's own attention called tree by tree; or "mask", one additive mask for the whole row.
+    """
+    if forest_form(model) == form:
         return True
+    restore_attention(model)
+    own = model.config._attn_implementation
     if own not in OWN:
         return False
-    _register(own)
-    model.set_attn_implementation(_PREFIX + own)
-    return has_forest_attention(model)  # a model that does not call attention through the interface keeps its own
+    instance: Any = model
+    if form == "mask":
+        instance.takes_forest_mask = True
+    elif model._can_set_attn_implementation():
+        _register(own)
+        model.set_attn_implementation(_PREFIX + own)
+    return forest_form(model) == form
 
 
-def has_forest_attention(model: PreTrainedModel) -> bool:
-    """Whether `use_forest_attention` is in effect."""
-    return model.config._attn_implementation.startswith(_PREFIX)
+def forest_form(model: PreTrainedModel) -> str | None:
+    """Which form of forest attention is in effect: "trees", "mask", or None."""
+    if model.config._attn_implementation.startswith(_PREFIX):
+        return "trees"
+    return "mask" if getattr(model, "takes_forest_mask", False) else None
 
 
 def restore_attention(model: PreTrainedModel) -> None:
@@ -69,6 +85,8 @@ def restore_attention(model: PreTrainedModel) -> None:
     name = model.config._attn_implementation
     if name.startswith(_PREFIX):
         model.set_attn_implementation(name.removeprefix(_PREFIX))
+    if hasattr(model, "takes_forest_mask"):
+        delattr(model, "takes_forest_mask")
 
 
 @dataclass(frozen=True)
