@@ -1,4 +1,4 @@
-"""Does a completion's every log-prob depend on nothing but its own prompt and itself, whatever trees come in which order and layout?"""
+"""Does a log-prob depend on nothing but its own prompt and completion, whatever trees come in which order and layout?"""
 
 from __future__ import annotations
 
