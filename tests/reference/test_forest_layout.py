@@ -124,10 +124,10 @@ def test_a_model_that_fails_on_the_second_choice_is_asked_about_it_alone() -> No
 
     def leak(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **others: object) -> object:
         embeds = own(input_ids)
-        if position_ids is not None:  # a position that comes twice in a row: a second completion of one prompt
+        if position_ids is not None:  # positions that go back to the end of a prompt: a second completion
             jump = torch.diff(position_ids[0], prepend=position_ids[0, :1])
             embeds = embeds + 0.5 * ((jump < 0) & (position_ids[0] > 0)).to(embeds)[None, :, None]
-        return model.model.forward_without_leak(inputs_embeds=embeds, position_ids=position_ids, **others)
+        return model.model.forward_without_leak(**{**others, "inputs_embeds": embeds, "position_ids": position_ids})
 
     model.model.forward = leak
     layout = choose_layout(model)
