@@ -202,7 +202,10 @@ def _holders(model: PreTrainedModel, name: str) -> list[dict[str, Any]]:
 @contextmanager
 def _shortened(model: PreTrainedModel, name: str | None) -> Iterator[None]:
     """Within it, the model has a limit that a probe can see: it is read at every call, to make masks and scales."""
-    kept = [(holder, holder[name]) for holder in _holders(model, name)] if name else []
+    if name is None:
+        yield
+        return
+    kept = [(holder, holder[name]) for holder in _holders(model, name)]
     for holder, _ in kept:
         holder[name] = _SHORT
     try:

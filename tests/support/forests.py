@@ -67,9 +67,9 @@ def assert_logps_agree(found: Tensor, want: Tensor) -> None:
 
 
 def assert_gradients_agree(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Within 1e-4, relative to each parameter's norm, of which the least is 1e-6 of the norm of all."""
+    """Within 1e-4 of each parameter's norm, or 1e-8 of the norm of all: some are nothing but rounding (a key's bias)."""
     assert found.keys() == wanted.keys()
     whole = torch.stack([g.norm() for g in wanted.values()]).norm()
     for name, want in wanted.items():
         error = (found[name] - want).norm()
-        assert error <= 1e-4 * max(want.norm(), 1e-6 * whole), f"{name}: {error:.3g} of {want.norm():.3g}"
+        assert error <= 1e-4 * max(want.norm(), 1e-4 * whole), f"{name}: {error:.3g} of {want.norm():.3g}"
