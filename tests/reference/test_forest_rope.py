@@ -46,7 +46,7 @@ ROPES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 # Prompt and completions. Rows are THRESHOLD long, shorter and longer, and one tree has completions on both sides.
-SIZES = ((9, (6, 11)), (30, (15, 2)), (20, (13, 3)), (1, (8, 2)), (35, (4, 25)), (14, (1, 18)), (36, (5,)))
+SIZES = ((9, (6, 11)), (30, (15, 2)), (30, (3,)), (20, (13, 3)), (1, (8, 2)), (35, (4, 25)), (14, (1, 18)), (36, (5,)))
 
 
 def by_itself(model: torch.nn.Module, tree: TokenizedTree) -> Tensor:
@@ -55,8 +55,8 @@ def by_itself(model: torch.nn.Module, tree: TokenizedTree) -> Tensor:
     for completion in tree.completions:
         with torch.no_grad():
             model(input_ids=torch.tensor([[5]]), use_cache=False)
-        row = torch.tensor([[*tree.prompt_ids, *completion[:-1]]])
-        logps = model(input_ids=row, use_cache=False).logits[0, len(tree.prompt_ids) - 1 :].float().log_softmax(-1)
+        row = torch.tensor([[*tree.prompt_ids, *completion]])
+        logps = model(input_ids=row, use_cache=False).logits[0, len(tree.prompt_ids) - 1 : -1].float().log_softmax(-1)
         found.append(logps.gather(1, torch.tensor(completion)[:, None]).squeeze(1))
     return torch.cat(found)
 
