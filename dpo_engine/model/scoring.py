@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from dpo_engine.batch.forest import ForestShape, PreferenceForest
 from dpo_engine.errors import ModelError
+from dpo_engine.model.flex_attention import padded_forest
 from dpo_engine.model.forest_attention import forest_form, over_forest
 from dpo_engine.model.forest_mask import forest_mask
 from dpo_engine.model.head import head_of, read_head_transform
@@ -197,10 +198,14 @@ def _over_forest(model: Any, shape: ForestShape, input_ids: Any, **others: Any) 
             f"{type(model).__name__} has no forest attention; call use_forest_attention(model), "
             'or build the forest with layout="padded"'
         )
+    length = row.shape[1]
+    if form == "blocks":
+        row, shape = padded_forest(row, shape)
     # A mask of ones keeps transformers from finding packed sequences in the positions by itself.
     mask = forest_mask(shape, model.dtype) if form == "mask" else torch.ones_like(row)
     with over_forest(shape):
-        return _decoded(model, input_ids=row, position_ids=shape.position_ids, attention_mask=mask).flatten(0, 1)
+        hidden = _decoded(model, input_ids=row, position_ids=shape.position_ids, attention_mask=mask)
+    return hidden.flatten(0, 1)[:length]
 
 
 def _decoded(model: Any, *args: Any, **arguments: Any) -> Tensor:
