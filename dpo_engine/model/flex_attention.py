@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 _SLAB = 1024  # rows of a mask that are evaluated at a time
-_SMALL = 99 * 1024  # bytes of shared memory in a block of threads: sm_86, sm_89, sm_120
+_SMALL = (
+    100 * 1024
+)  # bytes of shared memory in a multiprocessor of sm_86, sm_89, sm_120; a block of threads gets 99 KiB
 _SMALLER_BLOCKS = {"BLOCK_M1": 16, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 16}
 _DROPS = re.compile(r"att(ention|n).*drop")
 
@@ -121,13 +123,14 @@ def _rule(trees: Tensor, branches: Tensor, positions: Tensor, lowest: Tensor) ->
 
 
 def _lowest_seen(mask_function: Callable[..., Any], count: int, device: torch.device) -> Tensor:
-    """(count,) the first position that each position sees."""
+    """(count,) the first position that each position sees, `count` where it sees none."""
     keys = torch.arange(count, device=device)
     lowest, good = [], torch.ones((), dtype=torch.bool, device=device)
     for first in range(0, count, _SLAB):
         queries = keys[first : first + _SLAB, None]
         seen = mask_function(0, 0, queries, keys[None, :]).expand(len(queries), count)
-        low = seen.to(torch.uint8).argmax(1, keepdim=True)
+        # Of a kind of layer that it does not have, a model may give a rule that shows nothing (a window of 0).
+        low = seen.to(torch.uint8).argmax(1, keepdim=True).masked_fill(~seen.any(1, keepdim=True), count)
         good &= (seen == ((keys <= queries) & (keys >= low))).all()
         lowest.append(low[:, 0])
     if not bool(good):
@@ -143,14 +146,11 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 def _kernel_options(query: Tensor) -> dict[str, Any] | None:
+    """Smaller blocks for the backward pass of wide heads where the usual ones do not fit."""
     if not query.is_cuda or query.shape[-1] <= 128:
         return None
-    return _SMALLER_BLOCKS if _shared_memory(query.device.index) <= _SMALL else None
-
-
-@functools.cache
-def _shared_memory(device: int | None) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    memory = torch.cuda.get_device_properties(query.device).shared_memory_per_multiprocessor
+    return _SMALLER_BLOCKS if memory <= _SMALL else None
 
 
 @functools.cache

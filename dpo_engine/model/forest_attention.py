@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PREFIXES = {"blocks": "dpo_engine_blocks_", "trees": "dpo_engine_forest_"}
+FORMS = ("blocks", "trees", "mask")
+"""Forms of forest attention, the fastest first."""
 OWN = ("sdpa", "eager")
 """Attention implementations that can be called tree by tree."""
 

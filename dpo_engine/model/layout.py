@@ -3,7 +3,7 @@
 A small random forest is scored in the layout under test and, sequence by sequence, by the model's own unmodified
 forward. Some limits are longer than any probe: windows, chunks, lengths at which queries are scaled, how many tokens a
 layer picks. Each is asked about again, shortened. What does not agree falls back: `shared` to `packed` to `padded`, each
-by trees and else by one mask (`forest_attention`), and the reason is one line.
+in the first of its forms that agrees (`forest_attention.FORMS`), and the reason is one line.
 
 Where a model's rope depends on the longest position of a row (dynamic NTK, longrope), sequences longer than its threshold
 are laid out alone: there a neighbour would change what they compute. `rope` finds that threshold without shortening it.
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dpo_engine.batch.forest import build_forest
+from dpo_engine.batch.forest import PreferenceForest, build_forest
 from dpo_engine.errors import ConfigError
-from dpo_engine.model.forest_attention import OWN, forest_form, restore_attention, use_forest_attention
+from dpo_engine.model.flex_attention import why_not_flex
+from dpo_engine.model.forest_attention import FORMS, OWN, forest_form, restore_attention, use_forest_attention
 from dpo_engine.model.forest_mask import why_not_one_mask
 from dpo_engine.model.probe import TOLERANCES
 from dpo_engine.model.rope import longest_free_row
@@ -84,7 +85,7 @@ def choose_layout(model: PreTrainedModel, share_prompt: str = "auto") -> Layout:
     restore_attention(model)
     longest, reasons = _longest(model)
     for name in ("shared", "packed") if share_prompt != "off" else ("packed",):
-        reason = _disagreement(model, name)
+        reason = _disagreement(model, name, reasons)
         if reason is None:
             how = " by one mask" if forest_form(model) == "mask" else ""
             line = f"layout: {name}{how}" + (f" ({'; '.join(reasons)})" if reasons else "")
@@ -105,7 +106,7 @@ def _longest(model: PreTrainedModel) -> tuple[int | None, list[str]]:
     return longest, [] if longest is None else [note]
 
 
-def _disagreement(model: PreTrainedModel, layout: str) -> str | None:
+def _disagreement(model: PreTrainedModel, layout: str, notes: list[str]) -> str | None:
     """None where the layout gives the model's own numbers, with the form that does in place; else why it does not."""
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return f"{type(model).__name__} takes no position_ids"
@@ -114,20 +115,22 @@ def _disagreement(model: PreTrainedModel, layout: str) -> str | None:
         return f"its layers of type {', '.join(sorted(others))} mix neighbouring tokens"
     if model.config._attn_implementation not in OWN:
         return f"attention {model.config._attn_implementation!r} cannot be called tree by tree"
-    reasons: list[str | None] = []
-    if use_forest_attention(model):
-        reasons.append(_compare_shortened(model, layout))
-        if reasons[-1] is None:
-            return None
-        restore_attention(model)
-    reasons.append(why_not_one_mask(model))
-    if reasons[-1] is None:
-        use_forest_attention(model, "mask")
-        reasons[-1] = _compare_shortened(model, layout)
-        if reasons[-1] is None:
-            return None
-        restore_attention(model)
-    return reasons[0]
+    reasons: dict[str, str] = {}
+    for form in FORMS:
+        reason = why_not_one_mask(model) if form == "mask" else None
+        if reason is None:
+            if not use_forest_attention(model, form):
+                if form == "blocks" and model.device.type == "cuda":
+                    reasons[form] = why_not_flex(model) or "its attention does not go through transformers' interface"
+                continue
+            reason = _compare_shortened(model, layout)
+            if reason is None:
+                if form != "blocks" and "blocks" in reasons:
+                    notes.append(f"not in one kernel: {reasons['blocks']}")
+                return None
+            restore_attention(model)
+        reasons[form] = reason
+    return reasons.get("trees") or reasons["mask"]
 
 
 def _compare_shortened(model: PreTrainedModel, layout: str) -> str | None:
@@ -150,6 +153,8 @@ def _compare(model: PreTrainedModel, layout: str) -> str | None:
             want = _one_by_one(model, trees)
             try:
                 found = forest_token_logps(model, forest)
+                if forest_form(model) == "blocks":
+                    _backward(model, forest)
             except _REFUSALS as refusal:
                 why = " ".join(str(refusal).split())[:120]
                 return f"{type(model).__name__} cannot run it ({type(refusal).__name__}: {why})"
@@ -163,6 +168,24 @@ def _compare(model: PreTrainedModel, layout: str) -> str | None:
     if float(error[at]) <= tolerance:
         return None
     return f"a log-prob is {float(found[at]):.6g} in it and {float(want[at]):.6g} by {type(model).__name__} alone"
+
+
+def _backward(model: PreTrainedModel, forest: PreferenceForest) -> None:
+    """Run a backward pass through every layer, which a kernel compiles apart from its forward pass; gradients are kept nowhere."""
+    embedded: list[Tensor] = []
+
+    def with_gradient(module: Any, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_(True))
+        return embedded[0]
+
+    handle = model.get_input_embeddings().register_forward_hook(with_gradient)
+    try:
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(forest_token_logps(model, forest).sum(), embedded)
+    finally:
+        handle.remove()
+    if not bool(gradient.isfinite().all()):
+        raise ValueError("a gradient is not finite")
 
 
 def _one_by_one(model: PreTrainedModel, trees: list[_Tree]) -> Tensor:

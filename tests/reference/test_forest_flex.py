@@ -37,6 +37,10 @@ def chunks(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
     return (key <= query) & (key // 24 == query // 24)
 
 
+def nothing(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) & (key > query)
+
+
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"):
@@ -66,7 +70,7 @@ def made(sizes: Any) -> tuple[Tensor, ForestShape]:
     return padded_forest(forest.input_ids[0], forest.shape)
 
 
-@pytest.mark.parametrize("rule", [causal, window, chunks])
+@pytest.mark.parametrize("rule", [causal, window, chunks, nothing])
 def test_the_block_mask_shows_what_the_forest_shows(rule: Callable[..., Tensor], uncompiled: None) -> None:
     row, shape = made(LARGE)
     assert row.shape[1] % BLOCK == 0 and shape.spans[-1][1] == row.shape[1]
@@ -125,6 +129,20 @@ def test_a_cpu_attends_by_trees() -> None:
     bind_scoring(model)
     assert not use_forest_attention(model, "blocks")
     assert choose_layout(model).line == "layout: shared" and forest_form(model) == "trees"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_a_kernel_that_fails_forward_or_backward_gives_way_to_trees(
+    name: str, uncompiled: None, on_a_cpu: None
+) -> None:
+    """On a CPU it has no backward pass: what the probe must find before training does."""
+    model = tiny_model(name)
+    bind_scoring(model)
+    layout = choose_layout(model)
+    assert layout.name == "shared" and forest_form(model) == "trees"
+    assert layout.line.startswith(f"layout: shared (not in one kernel: {type(model).__name__} cannot run it (")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 @pytest.mark.slow  # the compiler takes most of a minute
