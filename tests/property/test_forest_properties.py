@@ -92,7 +92,7 @@ def one_by_one(trees: list[ScoredTree]) -> Tensor:
     return torch.cat(found)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_log_prob_is_the_same_in_any_layout_packing_order_and_budget(data: st.DataObject) -> None:
     trees = data.draw(random_trees())
