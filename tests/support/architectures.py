@@ -36,7 +36,7 @@ SHARING: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: config_of("qwen2"),
     "qwen3": lambda: config_of("qwen3", head_dim=8),
     "mistral with a window": lambda: config_of("mistral", sliding_window=7),
-    "gemma2": lambda: _gemma("gemma2", attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    "gemma2": lambda: _gemma("gemma2", attn_logit_softcapping=0.02, final_logit_softcapping=3.0),
     "gemma3": lambda: _gemma("gemma3_text"),
     "phi3": lambda: config_of("phi3"),
     "olmo2": lambda: config_of("olmo2"),
