@@ -95,7 +95,7 @@ def attend(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _capped(softcap),
+        score_mod=None if softcap is None else _capped(query.new_full((), softcap, dtype=torch.float32)),
         block_mask=blocks,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -138,7 +138,9 @@ def _lowest_seen(mask_function: Callable[..., Any], count: int, device: torch.de
     return torch.cat(lowest)
 
 
-def _capped(softcap: float) -> Callable[..., Tensor]:
+def _capped(softcap: Tensor) -> Callable[..., Tensor]:
+    """By a tensor, since a captured number becomes symbolic under `dynamic=True`, and the kernel takes none of those."""
+
     def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 

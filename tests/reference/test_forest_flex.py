@@ -146,10 +146,11 @@ def test_a_kernel_that_fails_forward_or_backward_gives_way_to_trees(
 
 
 @pytest.mark.slow  # the compiler takes most of a minute
-def test_the_kernel_is_compiled_once_whatever_the_lengths(on_a_cpu: None) -> None:
+@pytest.mark.parametrize("name", ["mistral with a window", "gemma2"])
+def test_the_kernel_is_compiled_once_whatever_the_lengths(name: str, on_a_cpu: None) -> None:
     from torch._dynamo.utils import counters
 
-    model = tiny_model("mistral with a window").eval()
+    model = tiny_model(name).eval()
     bind_scoring(model)
     use_forest_attention(model, "blocks")
     graphs = []
