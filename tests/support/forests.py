@@ -34,10 +34,11 @@ def random_trees(sizes: Sequence[tuple[int, Sequence[int]]] = SIZES) -> list[Tok
 
 def one_by_one(model: nn.Module, trees: Sequence[TokenizedTree]) -> Tensor:
     """(N,) log-probs of all completions' tokens by the model's own logits, a sequence a call."""
+    device = next(model.parameters()).device
     found = []
     for tree in trees:
         for completion in tree.completions:
-            sequence = torch.tensor([[*tree.prompt_ids, *completion]])
+            sequence = torch.tensor([[*tree.prompt_ids, *completion]], device=device)
             logps = model(input_ids=sequence, use_cache=False).logits[0, :-1].float().log_softmax(-1)
             found.append(logps.gather(1, sequence[0, 1:, None]).squeeze(1)[len(tree.prompt_ids) - 1 :])
     return torch.cat(found)
@@ -45,9 +46,10 @@ def one_by_one(model: nn.Module, trees: Sequence[TokenizedTree]) -> Tensor:
 
 def in_forests(model: nn.Module, trees: Sequence[TokenizedTree], collate: ForestCollator) -> Tensor:
     """(N,) the same by forests, put back into the order of `one_by_one`."""
+    device = next(model.parameters()).device
     packed = pack_trees(trees, collate.max_tokens, collate.layout, collate.longest)
     found: dict[int, Tensor] = {}
-    for forest, members in zip(collate(trees).forests, packed, strict=True):
+    for forest, members in zip(collate(trees).to(device).forests, packed, strict=True):
         lengths = [sum(map(len, tree.completions)) for tree in members]
         parts = forest_token_logps(model, forest).split(lengths)
         found.update((id(tree), part) for tree, part in zip(members, parts, strict=True))
@@ -58,7 +60,7 @@ def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
     """By name, under one random upstream gradient."""
     model.zero_grad()
     upstream = torch.randn(len(logps), generator=torch.Generator().manual_seed(5))
-    (logps * upstream).sum().backward()
+    (logps * upstream.to(logps.device)).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
