@@ -6,7 +6,7 @@ shifted and nothing is masked by token id, so a layout is free to put tokens whe
     shared   each prompt once, then its completions without their last tokens; trees end to end in one row
     packed   each completion behind a copy of its prompt; end to end in one row
     padded   each completion behind a copy of its prompt in a row of its own, rows of nearly one length on a sheet
-    alone    the same, every row on a sheet of its own, for models in which a longer neighbour changes what a row computes
+    alone    every row on a sheet of its own, its last token too, for models in which a row's length changes what it computes
 
 In the first two a token must not see other trees or other completions: `shape` says what it may see, and
 `model.forest_attention` makes it so. In the others the model's own causal attention is enough. Hidden rows are counted
@@ -179,10 +179,11 @@ def as_tree(tree: TreeLike) -> TokenTree:
 
 
 def tree_cost(tree: TreeLike, layout: str = "shared") -> int:
-    """Tokens that a tree takes: its prompt once (`shared`) or once per completion, and each completion but its last token."""
+    """Tokens that a tree takes: its prompt once (`shared`) or once per completion, and each completion but its last token
+    (`alone`: with it)."""
     tree = as_tree(tree)
-    prompts = 1 if layout == "shared" else len(tree.completions)
-    return prompts * len(tree.prompt_ids) + sum(len(completion) - 1 for completion in tree.completions)
+    prompts, unread = 1 if layout == "shared" else len(tree.completions), 0 if layout == "alone" else 1
+    return prompts * len(tree.prompt_ids) + sum(len(completion) - unread for completion in tree.completions)
 
 
 def _weights(given: Sequence[Sequence[float] | None], lengths: Sequence[int]) -> Tensor | None:
@@ -273,7 +274,8 @@ def _padded(
 
     Under causal attention no scored token sees that padding.
     """
-    rows = [[*completion.prompt, *completion.inputs] for completion in completions]
+    # A row's length counts its last token, so one whose length matters keeps it.
+    rows = [[*completion.prompt, *(completion.ids if alone else completion.inputs)] for completion in completions]
     sheets: list[list[int]] = []  # indices of rows, longest first
     for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])):
         if not sheets or alone or 8 * len(rows[index]) < 7 * len(rows[sheets[-1][0]]):

@@ -65,7 +65,7 @@ def is_long(tree: TokenTree, longest: int | None) -> bool:
     """Whether one of the tree's sequences has more than `longest` tokens."""
     if longest is None:
         return False
-    return len(tree.prompt_ids) + max(len(completion) for completion in tree.completions) - 1 > longest
+    return len(tree.prompt_ids) + max(len(completion) for completion in tree.completions) > longest
 
 
 @dataclass(frozen=True)

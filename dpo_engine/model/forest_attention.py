@@ -10,6 +10,10 @@ What a forest looks like reaches the mask function by a context variable. What t
 an empty tensor that carries the trees' masks: gradient checkpointing hands the same object to a layer again in backward.
 Without a forest both functions are the model's own, so generation and plain scoring go on as before.
 
+On a card the same functions hand the whole row to one kernel (`flex_attention`), and models that keep their attention to
+themselves take the forest as one mask (`forest_mask`). Which of these forms a model uses is put there by
+`use_forest_attention` and said by `forest_form`, and nowhere else.
+
 Sources: `transformers.AttentionInterface`, `transformers.AttentionMaskInterface`.
 """
 
@@ -24,13 +28,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from dpo_engine.batch.forest import ForestShape
+from dpo_engine.model.flex_attention import attend, forest_blocks, why_not_flex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PREFIX = "dpo_engine_forest_"
+_PREFIXES = {"blocks": "dpo_engine_blocks_", "trees": "dpo_engine_forest_"}
+FORMS = ("blocks", "trees", "mask")
+"""Forms of forest attention, the fastest first."""
 OWN = ("sdpa", "eager")
 """Attention implementations that can be called tree by tree."""
 
@@ -47,28 +55,46 @@ def over_forest(shape: ForestShape) -> Iterator[None]:
         _current.reset(token)
 
 
-def use_forest_attention(model: PreTrainedModel) -> bool:
-    """Put forest attention in the place of the model's own; False where that is not one of `OWN`. Twice is once."""
-    own = model.config._attn_implementation
-    if has_forest_attention(model):
+def use_forest_attention(model: PreTrainedModel, form: str = "trees") -> bool:
+    """Put a form of forest attention in place, instead of any other; False where the model cannot be asked for it.
+
+    Whether the model then gives the right numbers is for a probe to find out (`layout.choose_layout`).
+
+    Args:
+        form: "blocks", one kernel on a CUDA card; "trees", the model's own attention called tree by tree; or "mask", one
+            additive mask for the whole row.
+    """
+    if forest_form(model) == form:
         return True
+    restore_attention(model)
+    own = model.config._attn_implementation
     if own not in OWN:
         return False
-    _register(own)
-    model.set_attn_implementation(_PREFIX + own)
-    return has_forest_attention(model)  # a model that does not call attention through the interface keeps its own
+    instance: Any = model
+    if form == "mask":
+        instance.takes_forest_mask = True
+    elif model._can_set_attn_implementation() and (form == "trees" or why_not_flex(model) is None):
+        _register(own, form)
+        model.set_attn_implementation(_PREFIXES[form] + own)
+    return forest_form(model) == form
 
 
-def has_forest_attention(model: PreTrainedModel) -> bool:
-    """Whether `use_forest_attention` is in effect."""
-    return model.config._attn_implementation.startswith(_PREFIX)
+def forest_form(model: PreTrainedModel) -> str | None:
+    """Which form of forest attention is in effect: "blocks", "trees", "mask", or None."""
+    for form, prefix in _PREFIXES.items():
+        if model.config._attn_implementation.startswith(prefix):
+            return form
+    return "mask" if getattr(model, "takes_forest_mask", False) else None
 
 
 def restore_attention(model: PreTrainedModel) -> None:
     """Give the model its own attention back."""
     name = model.config._attn_implementation
-    if name.startswith(_PREFIX):
-        model.set_attn_implementation(name.removeprefix(_PREFIX))
+    for prefix in _PREFIXES.values():
+        if name.startswith(prefix):
+            model.set_attn_implementation(name.removeprefix(prefix))
+    if hasattr(model, "takes_forest_mask"):
+        delattr(model, "takes_forest_mask")
 
 
 @dataclass(frozen=True)
@@ -79,31 +105,34 @@ class _TreeMasks:
     masks: tuple[Tensor, ...]
 
 
-def _register(own: str) -> None:
+def _register(own: str, form: str) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     own_mask = ALL_MASK_ATTENTION_FUNCTIONS[own]
+    forest_masks = _tree_masks if form == "trees" else forest_blocks
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         shape = _current.get()
-        return own_mask(*args, **kwargs) if shape is None else _tree_masks(shape, **kwargs)
+        return own_mask(*args, **kwargs) if shape is None else _holder(forest_masks(shape, **kwargs), shape)
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        attend = _own_attention(module, own)
-        trees = getattr(attention_mask, "trees", None)
-        if trees is None:
-            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        forest = getattr(attention_mask, "forest", None)
+        if isinstance(forest, BlockMask):
+            return attend(module, query, key, value, forest, *args, **kwargs)
+        own_attention = _own_attention(module, own)
+        if forest is None:
+            return own_attention(module, query, key, value, attention_mask, *args, **kwargs)
         outputs = [
-            attend(module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], tree_mask, *args, **kwargs)[0]
-            for (a, b), tree_mask in zip(trees.spans, trees.masks, strict=True)
+            own_attention(module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], tree_mask, *args, **kwargs)[0]
+            for (a, b), tree_mask in zip(forest.spans, forest.masks, strict=True)
         ]
         return torch.cat(outputs, 1), None  # (1, L, heads, head_dim)
 
-    AttentionInterface.register(_PREFIX + own, attention)
-    AttentionMaskInterface.register(_PREFIX + own, mask)
+    AttentionInterface.register(_PREFIXES[form] + own, attention)
+    AttentionMaskInterface.register(_PREFIXES[form] + own, mask)
 
 
 def _own_attention(module: nn.Module, own: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -117,8 +146,8 @@ def _own_attention(module: nn.Module, own: str) -> Callable[..., tuple[Tensor, T
 
 def _tree_masks(
     shape: ForestShape, *, mask_function: Callable[..., Any], dtype: torch.dtype = torch.float32, **_: Any
-) -> Tensor:
-    """The layers' attention mask: an empty tensor whose `trees` are the masks of `mask_function` on positions."""
+) -> _TreeMasks:
+    """The masks of `mask_function` on positions."""
     positions, least = shape.position_ids[0], torch.finfo(dtype).min
     masks = []
     for first, last in shape.spans:
@@ -126,6 +155,11 @@ def _tree_masks(
         seen = (branch[None, :] < 0) | (branch[None, :] == branch[:, None])
         seen = seen & mask_function(0, 0, position[:, None], position[None, :])
         masks.append(torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, least)[None, None])
-    holder: Any = positions.new_empty(0)
-    holder.trees = _TreeMasks(spans=shape.spans, masks=tuple(masks))
+    return _TreeMasks(spans=shape.spans, masks=tuple(masks))
+
+
+def _holder(forest: _TreeMasks | BlockMask, shape: ForestShape) -> Tensor:
+    """The layers' attention mask: an empty tensor that carries what our attention reads."""
+    holder: Any = shape.position_ids.new_empty(0)  # on their device: a copy to another would carry nothing
+    holder.forest = forest
     return holder

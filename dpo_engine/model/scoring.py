@@ -30,8 +30,11 @@ from transformers.utils import ModelOutput
 
 from dpo_engine.batch.forest import ForestShape, PreferenceForest
 from dpo_engine.errors import ModelError
-from dpo_engine.model.forest_attention import has_forest_attention, over_forest
+from dpo_engine.model.flex_attention import padded_forest
+from dpo_engine.model.forest_attention import forest_form, over_forest
+from dpo_engine.model.forest_mask import forest_mask
 from dpo_engine.model.head import head_of, read_head_transform
+from dpo_engine.model.rope import forget_longer_rows, has_dynamic_rope
 from dpo_engine.ops import linear_logps
 
 if TYPE_CHECKING:
@@ -179,22 +182,21 @@ def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = N
 def _hidden_rows(model: Any, *args: Any, forest_shape: ForestShape | None = None, **kwargs: Any) -> Tensor:
     """(tokens, D) the decoder's output, of several sheets laid end to end."""
     arguments = {k: v for k, v in kwargs.items() if k not in _OF_THE_HEAD and v is not None}
-    decoder = decoder_of(model)
     input_ids = arguments.get("input_ids")
     if forest_shape is not None:
-        return _over_forest(model, decoder, forest_shape, **arguments)
+        return _over_forest(model, forest_shape, **arguments)
     if not isinstance(input_ids, (tuple, list)):
-        hidden = decoder(*args, use_cache=False, **arguments)[0]  # (B, L, D)
+        hidden = _decoded(model, *args, **arguments)  # (B, L, D)
         return hidden.reshape(-1, hidden.shape[-1])
     if set(arguments) != {"input_ids"}:
         raise ValueError(
             f"input_ids are {len(input_ids)} sheets beside {sorted(set(arguments) - {'input_ids'})}; expected them alone"
         )
-    sheets = [decoder(input_ids=sheet, use_cache=False)[0].flatten(0, 1) for sheet in input_ids]
+    sheets = [_decoded(model, input_ids=sheet).flatten(0, 1) for sheet in input_ids]
     return sheets[0] if len(sheets) == 1 else torch.cat(sheets)
 
 
-def _over_forest(model: Any, decoder: nn.Module, shape: ForestShape, input_ids: Any, **others: Any) -> Tensor:
+def _over_forest(model: Any, shape: ForestShape, input_ids: Any, **others: Any) -> Tensor:
     """(L, D) of one row of trees."""
     (row,) = input_ids if isinstance(input_ids, (tuple, list)) else (input_ids,)
     if others or row.shape != shape.position_ids.shape:
@@ -202,17 +204,25 @@ def _over_forest(model: Any, decoder: nn.Module, shape: ForestShape, input_ids: 
             f"a forest of {tuple(shape.position_ids.shape)} tokens came with input_ids {tuple(row.shape)} and "
             f"{sorted(others) or 'nothing else'}; expected input_ids of its own shape alone"
         )
-    if not has_forest_attention(model):
+    form = forest_form(model)
+    if form is None:
         raise ValueError(
             f"{type(model).__name__} has no forest attention; call use_forest_attention(model), "
             'or build the forest with layout="padded"'
         )
+    length = row.shape[1]
+    if form == "blocks":
+        row, shape = padded_forest(row, shape)
+    # A mask of ones keeps transformers from finding packed sequences in the positions by itself.
+    mask = forest_mask(shape, model.dtype) if form == "mask" else torch.ones_like(row)
     with over_forest(shape):
-        # A mask of ones keeps transformers from finding packed sequences in the positions by itself.
-        hidden = decoder(
-            input_ids=row,
-            position_ids=shape.position_ids,
-            attention_mask=torch.ones_like(row),
-            use_cache=False,
-        )[0]
-    return hidden.flatten(0, 1)
+        hidden = _decoded(model, input_ids=row, position_ids=shape.position_ids, attention_mask=mask)
+    return hidden.flatten(0, 1)[:length]
+
+
+def _decoded(model: Any, *args: Any, **arguments: Any) -> Tensor:
+    """(B, L, D) the decoder's output, the same whatever rows it has seen before."""
+    decoder = decoder_of(model)
+    if has_dynamic_rope(model.config.get_text_config()):
+        forget_longer_rows(decoder)
+    return decoder(*args, use_cache=False, **arguments)[0]

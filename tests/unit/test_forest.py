@@ -94,7 +94,7 @@ def test_a_shared_prompt_stands_once() -> None:
 
 
 def test_sequences_that_must_be_alone_have_a_sheet_each() -> None:
-    assert [tuple(sheet.shape) for sheet in build_forest([TREES[1]], "alone").input_ids] == [(1, 2), (1, 1)]
+    assert [tuple(sheet.shape) for sheet in build_forest([TREES[1]], "alone").input_ids] == [(1, 3), (1, 2)]
 
 
 def test_at_most_an_eighth_of_a_row_is_padding() -> None:
@@ -109,9 +109,10 @@ def test_the_forest_counts_trees_completions_and_tokens(layout: str) -> None:
     assert forest.trees == 3
     assert forest.tree_ids.tolist() == [0, 0, 1, 1, 2, 2]
     assert forest.lengths == (2, 4, 1, 2, 3, 1)
-    # The last token of a completion is a label, never an input.
+    # The last token of a completion is a label and no input, but where the length of a row matters.
     again = 0 if layout == "shared" else 3 + 1 + 2
-    assert forest.tokens == (3 + 1 + 3) + (1 + 0 + 1) + (2 + 2 + 0) + again
+    last = 6 if layout == "alone" else 0
+    assert forest.tokens == (3 + 1 + 3) + (1 + 0 + 1) + (2 + 2 + 0) + again + last
 
 
 def test_sum_by_completion_adds_up_what_completion_ids_say() -> None:
