@@ -67,6 +67,9 @@ class ForestShape:
 
     spans: tuple[tuple[int, int], ...]
     """Token ranges `[first, last)` of the trees, in order, without gaps."""
+    stretches: tuple[tuple[int, int, int, int], ...]
+    """The same tokens cut finer, `(prompt_first, prompt_last, first, last)`: those of `[first, last)` see of one another, and of
+    the prompt in `[prompt_first, prompt_last)`, which is empty where they begin with it themselves."""
     position_ids: Tensor  # (1, L) int64, from 0 in every tree; every completion goes on from its prompt
     branches: Tensor  # (L,) int64, -1 in a prompt, else the completion's number within its tree
 
@@ -241,6 +244,7 @@ def _in_one_row(
     positions: list[int] = []
     branches: list[int] = []
     firsts: list[int] = []  # where each span begins
+    stretches: list[tuple[int, int, int, int]] = []
     sources = []
     tree = branch = -1
     for completion in completions:
@@ -256,11 +260,15 @@ def _in_one_row(
         begin = len(ids)
         last_of_prompt = firsts[-1] + length - 1
         sources.append([last_of_prompt if i == 0 else begin + i - 1 for i in completion.scored])
+        stretch = (firsts[-1], firsts[-1] + length, begin) if branch else (firsts[-1], firsts[-1], firsts[-1])
         ids += completion.inputs
+        if len(ids) > stretch[-1]:
+            stretches.append((*stretch, len(ids)))
         positions += range(length, length + len(completion.inputs))
         branches += [branch] * len(completion.inputs)
     shape = ForestShape(
         spans=tuple(zip(firsts, [*firsts[1:], len(ids)], strict=True)),
+        stretches=tuple(stretches),
         position_ids=torch.tensor([positions]),
         branches=torch.tensor(branches),
     )

@@ -47,6 +47,7 @@ def padded_forest(row: Tensor, shape: ForestShape) -> tuple[Tensor, ForestShape]
     positions = torch.arange(more, device=row.device)[None]
     return nn.functional.pad(row, (0, more)), ForestShape(
         spans=(*shape.spans, (length, length + more)),
+        stretches=(*shape.stretches, (length, length, length, length + more)),
         position_ids=torch.cat([shape.position_ids, positions], 1),
         branches=nn.functional.pad(shape.branches, (0, more), value=-1),
     )

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,11 +99,12 @@ def restore_attention(model: PreTrainedModel) -> None:
 
 
 @dataclass(frozen=True)
-class _TreeMasks:
-    """For each tree its tokens and what each may see, (1, 1, n, n) to be added to attention scores."""
+class _Stretches:
+    """`ForestShape.stretches` and what each token of one may see: (1, 1, queries, keys) to be added to attention scores, or
+    None for all that came before."""
 
-    spans: tuple[tuple[int, int], ...]
-    masks: tuple[Tensor, ...]
+    stretches: tuple[tuple[int, int, int, int], ...]
+    masks: tuple[Tensor | None, ...]
 
 
 def _register(own: str, form: str) -> None:
@@ -110,7 +112,8 @@ def _register(own: str, form: str) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     own_mask = ALL_MASK_ATTENTION_FUNCTIONS[own]
-    forest_masks = _tree_masks if form == "trees" else forest_blocks
+    # Without a mask, sdpa takes a stretch for causal, and does half the work; eager would let it see what comes later.
+    forest_masks = partial(_stretch_masks, causal_is_none=own == "sdpa") if form == "trees" else forest_blocks
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         shape = _current.get()
@@ -125,10 +128,10 @@ def _register(own: str, form: str) -> None:
         own_attention = _own_attention(module, own)
         if forest is None:
             return own_attention(module, query, key, value, attention_mask, *args, **kwargs)
-        outputs = [
-            own_attention(module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], tree_mask, *args, **kwargs)[0]
-            for (a, b), tree_mask in zip(forest.spans, forest.masks, strict=True)
-        ]
+        outputs = []
+        for (prompt, end, first, last), seen in zip(forest.stretches, forest.masks, strict=True):
+            keys, values = (_joined(x, prompt, end, first, last) for x in (key, value))
+            outputs.append(own_attention(module, query[:, :, first:last], keys, values, seen, *args, **kwargs)[0])
         return torch.cat(outputs, 1), None  # (1, L, heads, head_dim)
 
     AttentionInterface.register(_PREFIXES[form] + own, attention)
@@ -144,21 +147,36 @@ def _own_attention(module: nn.Module, own: str) -> Callable[..., tuple[Tensor, T
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def _tree_masks(
-    shape: ForestShape, *, mask_function: Callable[..., Any], dtype: torch.dtype = torch.float32, **_: Any
-) -> _TreeMasks:
+def _joined(x: Tensor, prompt: int, end: int, first: int, last: int) -> Tensor:
+    """(1, heads, keys, head_dim) a stretch's keys or values: those of its prompt, then its own."""
+    own = x[:, :, first:last]
+    return own if prompt == end else torch.cat([x[:, :, prompt:end], own], 2)
+
+
+def _stretch_masks(
+    shape: ForestShape,
+    *,
+    mask_function: Callable[..., Any],
+    causal_is_none: bool,
+    dtype: torch.dtype = torch.float32,
+    **_: Any,
+) -> _Stretches:
     """The masks of `mask_function` on positions."""
+    from transformers.masking_utils import causal_mask_function
+
     positions, least = shape.position_ids[0], torch.finfo(dtype).min
-    masks = []
-    for first, last in shape.spans:
-        position, branch = positions[first:last], shape.branches[first:last]
-        seen = (branch[None, :] < 0) | (branch[None, :] == branch[:, None])
-        seen = seen & mask_function(0, 0, position[:, None], position[None, :])
+    masks: list[Tensor | None] = []
+    for prompt, end, first, last in shape.stretches:
+        if causal_is_none and prompt == end and mask_function is causal_mask_function:
+            masks.append(None)
+            continue
+        own = positions[first:last]
+        seen = mask_function(0, 0, own[:, None], torch.cat([positions[prompt:end], own])[None, :])
         masks.append(torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, least)[None, None])
-    return _TreeMasks(spans=shape.spans, masks=tuple(masks))
+    return _Stretches(stretches=shape.stretches, masks=tuple(masks))
 
 
-def _holder(forest: _TreeMasks | BlockMask, shape: ForestShape) -> Tensor:
+def _holder(forest: _Stretches | BlockMask, shape: ForestShape) -> Tensor:
     """The layers' attention mask: an empty tensor that carries what our attention reads."""
     holder: Any = shape.position_ids.new_empty(0)  # on their device: a copy to another would carry nothing
     holder.forest = forest
