@@ -10,7 +10,7 @@ from dpo_engine.batch.forest import (
     sum_by_completion,
     tree_cost,
 )
-from dpo_engine.batch.packing import ForestCollator, PreferenceBatch, pack_trees
+from dpo_engine.batch.packing import ForestCollator, PreferenceBatch, pack_trees, packed_cost
 
 __all__ = [
     "LAYOUTS",
@@ -22,6 +22,7 @@ __all__ = [
     "Tree",
     "build_forest",
     "pack_trees",
+    "packed_cost",
     "sum_by_completion",
     "tree_cost",
 ]

@@ -42,10 +42,14 @@ def pack_trees(
     Raises:
         ValueError: a single tree is larger than the budget.
     """
+
+    def cost_of(tree: TokenTree) -> int:
+        return packed_cost(tree, layout, longest)
+
     forests: list[list[TokenTree]] = []
     room: list[int] = []
-    for tree in sorted(map(as_tree, trees), key=lambda tree: tree_cost(tree, layout), reverse=True):
-        cost = tree_cost(tree, layout)
+    for tree in sorted(map(as_tree, trees), key=cost_of, reverse=True):
+        cost = cost_of(tree)
         if cost > max_tokens:
             raise ValueError(
                 f"a tree of {cost} tokens does not fit max_tokens_per_forest={max_tokens}; raise it or lower max_length"
@@ -59,6 +63,12 @@ def pack_trees(
             forests[index].append(tree)
             room[index] -= cost
     return forests
+
+
+def packed_cost(tree: TreeLike, layout: str = "shared", longest: int | None = None) -> int:
+    """Tokens that `pack_trees` counts for a tree."""
+    tree = as_tree(tree)
+    return tree_cost(tree, "alone" if is_long(tree, longest) else layout)
 
 
 def is_long(tree: TokenTree, longest: int | None) -> bool:

@@ -2,12 +2,12 @@
 
 Attention and mask functions are registered with transformers under names of ours. The mask function is handed the
 model's *own* rule for a layer (causal, sliding window, chunks) and evaluates it on positions, which restart in every
-tree, not on indices of the row; to it it adds "in the prompt, or in the same completion". The attention function cuts
-queries, keys and values at the trees and calls the model's *own* attention on each with that tree's small mask, so that
-softcaps, sinks, windows and scaling stay the model's. No (L, L) mask exists, and no work is done between trees.
+tree, not on indices of the row. The attention function cuts queries, keys and values at the completions and calls the
+model's *own* attention on each, with the keys of its prompt before its own and a small mask, so that softcaps, sinks,
+windows and scaling stay the model's. No (L, L) mask exists, and no work is done between trees, nor between completions.
 
 What a forest looks like reaches the mask function by a context variable. What the layers get as their attention mask is
-an empty tensor that carries the trees' masks: gradient checkpointing hands the same object to a layer again in backward.
+an empty tensor that carries the small masks: gradient checkpointing hands the same object to a layer again in backward.
 Without a forest both functions are the model's own, so generation and plain scoring go on as before.
 
 On a card the same functions hand the whole row to one kernel (`flex_attention`), and models that keep their attention to
@@ -62,8 +62,8 @@ def use_forest_attention(model: PreTrainedModel, form: str = "trees") -> bool:
     Whether the model then gives the right numbers is for a probe to find out (`layout.choose_layout`).
 
     Args:
-        form: "blocks", one kernel on a CUDA card; "trees", the model's own attention called tree by tree; or "mask", one
-            additive mask for the whole row.
+        form: "blocks", one kernel on a CUDA card; "trees", the model's own attention called completion by completion; or
+            "mask", one additive mask for the whole row.
     """
     if forest_form(model) == form:
         return True

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpo_engine.batch import TokenTree, build_forest, tree_cost
+from dpo_engine.batch import TokenTree, build_forest, packed_cost
 from dpo_engine.errors import DataError
 from dpo_engine.model.scoring import forest_token_logps
 
@@ -45,6 +45,7 @@ def forest_budget(
     given: int | None,
     datasets: Sequence[Sequence[TokenTree] | None],
     layout: str,
+    longest: int | None = None,
     *,
     token_bytes: float = 0.0,
     free: int = 0,
@@ -55,6 +56,7 @@ def forest_budget(
     Args:
         given: `max_tokens_per_forest` as the user set it; the rest is asked only without it.
         datasets: whose largest tree must fit.
+        layout, longest: how trees are laid out (`model.layout.Layout`).
         token_bytes: what a token keeps for backward (`bytes_per_token`).
         free: bytes that are free for it (`free_bytes`).
         device: "cpu" or "cuda", ...
@@ -63,8 +65,8 @@ def forest_budget(
         DataError: a tree is larger than the budget given, or than memory allows.
     """
     trees = [tree for data in datasets if data is not None for tree in data]
-    largest = max(trees, key=lambda tree: tree_cost(tree, layout), default=None)
-    most = tree_cost(largest, layout) if largest is not None else 0
+    largest = max(trees, key=lambda tree: packed_cost(tree, layout, longest), default=None)
+    most = packed_cost(largest, layout, longest) if largest is not None else 0
     origin = getattr(largest, "origin", "a tree")
     if given is not None:
         if most > given:

@@ -138,7 +138,9 @@ class DPOTrainer(Trainer):
         layout = choose_layout(causal, self.config.share_prompt)
         if self.reference is not None:
             other = choose_layout(causal_model(self.reference), self.config.share_prompt)
+            longest = [limit for limit in (layout.longest, other.longest) if limit is not None]
             layout = max(layout, other, key=lambda layout: LAYOUTS.index(layout.name))
+            layout = replace(layout, longest=min(longest, default=None))
         logger.info(layout.line)
         return layout
 
@@ -169,7 +171,7 @@ class DPOTrainer(Trainer):
         self._baseline = RunningMean(state.baseline_count, state.baseline_sum)
         if self.config.max_tokens_per_forest is None:
             datasets: list[Any] = [self.train_dataset, self.eval_dataset]
-            budget = forest_budget(state.max_tokens_per_forest, datasets, self.layout.name)
+            budget = forest_budget(state.max_tokens_per_forest, datasets, self.layout.name, self.layout.longest)
             self._use_budget(replace(budget, why=f"as in {name.name}"))
 
     def _use_backend(self, backend: RunBackend) -> None:
@@ -208,6 +210,7 @@ class DPOTrainer(Trainer):
             self.config.max_tokens_per_forest,
             datasets,
             self.layout.name,
+            self.layout.longest,
             token_bytes=token_bytes,
             free=free,
             device=self.args.device.type,

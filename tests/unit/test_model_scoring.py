@@ -9,6 +9,7 @@ import inspect
 import pickle
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 from dpo_engine.errors import ModelError
 from dpo_engine.model import scoring
 from dpo_engine.model.adapters import add_lora
-from dpo_engine.model.scoring import ScoredTokens, bind_scoring, is_bound, unbind_scoring
+from dpo_engine.model.scoring import ScoredTokens, bind_scoring, decoder_of, is_bound, unbind_scoring
 from support.tiny_models import CONFIGS, VOCABULARY, naive_token_logps, tiny_model
 
 INPUT_IDS = torch.randint(3, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(1))
@@ -265,8 +266,7 @@ def test_the_backend_of_the_model_is_handed_on(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_model_without_a_separate_decoder_is_refused() -> None:
-    model = tiny_model("Llama")
-    model.base_model_prefix = "nothing_of_that_name"
-    with pytest.raises(ModelError, match="no decoder apart from its head"):
-        bind_scoring(model)
-    assert "forward" not in vars(model)
+    model: Any = SimpleNamespace()
+    model.base_model, model.get_decoder = model, lambda: model
+    with pytest.raises(ModelError, match="SimpleNamespace has no decoder apart from its head"):
+        decoder_of(model)
