@@ -47,7 +47,8 @@ class LayoutCost:
     tokens: int
     """Positions the model runs, padding included."""
     attended: int
-    """Queries times keys: the sum of L² over rectangle rows (padded), sequences (packed) or trees (shared)."""
+    """Queries times keys: the sum of L² over rectangle rows (padded) or sequences (packed); of a shared tree, each completion's
+    queries times its prompt's and its own keys, and the prompt's square once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +143,8 @@ class Inspection:
             f"{self.speed('shared', 'packed', model):.2f} x packed, {self.speed('shared', 'padded', model):.2f} x padded"
         )
         yield (
-            f"  (time in proportion to {model.per_token:.3g} operations a token, {model.per_attended:.3g} a query and key "
-            f"of one row, sequence or tree, {model.per_scored:.3g} a scored token)"
+            f"  (time in proportion to {model.per_token:.3g} operations a token, {model.per_attended:.3g} a query and key, "
+            f"{model.per_scored:.3g} a scored token)"
         )
 
 
@@ -168,7 +169,7 @@ def inspect_pairs(data: PairData, *, batch_size: int, seed: int) -> Inspection:
     layouts = {
         "padded": _padded([sequences[index] for index in order], batch_size),
         "packed": _cost([length - 1 for lengths in sequences for length in lengths]),
-        "shared": _cost([_shared_tokens(tree) for tree in trees]),
+        "shared": _shared(trees),
     }
     repeats = [count for count in Counter(tuple(tree.prompt_ids) for tree in trees).values() if count > 1]
     return Inspection(
@@ -225,8 +226,15 @@ def _round_width(width: float) -> int:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
 
 
-def _shared_tokens(tree: TokenizedTree) -> int:
-    return len(tree.prompt_ids) + sum(len(ids) - 1 for ids in tree.completions)
+def _shared(trees: Sequence[TokenizedTree]) -> LayoutCost:
+    """The first completion attends together with its prompt, each other one over the prompt and itself."""
+    tokens = attended = 0
+    for tree in trees:
+        prompt = len(tree.prompt_ids)
+        first, *others = (len(ids) - 1 for ids in tree.completions)
+        tokens += prompt + first + sum(others)
+        attended += (prompt + first) ** 2 + sum(own * (prompt + own) for own in others)
+    return LayoutCost(tokens=tokens, attended=attended)
 
 
 def _cost(lengths: Sequence[int]) -> LayoutCost:

@@ -40,8 +40,9 @@ def test_predicted_tokens_are_those_of_forests_and_rectangles_that_are_really_bu
     for layout in ("shared", "packed"):
         forests = [forest for batch in batches for forest in ForestCollator(300, layout)(batch).forests]
         assert found.layouts[layout].tokens == sum(forest.tokens for forest in forests)
-        spans = [last - first for forest in forests for first, last in forest.shape.spans]
-        assert found.layouts[layout].attended == sum(span**2 for span in spans)
+        stretches = [stretch for forest in forests for stretch in forest.shape.stretches]
+        attended = sum((last - first) * (end - prompt + last - first) for prompt, end, first, last in stretches)
+        assert found.layouts[layout].attended == attended
         assert found.scored_tokens == sum(len(forest.labels) for forest in forests)
     rectangles = [
         torch.nn.utils.rnn.pad_sequence(
@@ -77,11 +78,11 @@ def test_shares_and_speeds_are_those_of_a_sum_by_hand() -> None:
     assert found.layouts == {
         "padded": LayoutCost(tokens=28, attended=4 * 49),  # 4 rows as wide as 4 + 3
         "packed": LayoutCost(tokens=5 + 6 + 2 + 2, attended=25 + 36 + 4 + 4),
-        "shared": LayoutCost(tokens=7 + 3, attended=49 + 9),
+        "shared": LayoutCost(tokens=7 + 3, attended=5 * 5 + 2 * 6 + 2 * 2 + 1 * 2),
     }
     assert found.prompt_share == 10 / 19 and found.scored_tokens == 9
     assert found.padding == pytest.approx(1 - 19 / 28) and found.saved("shared") == pytest.approx(1 - 10 / 28)
-    assert found.arithmetic("shared", MODEL) == 100 * 10 + 7 * 58 + 1000 * 9
+    assert found.arithmetic("shared", MODEL) == 100 * 10 + 7 * 43 + 1000 * 9
     padded, packed = 100 * 28 + 7 * 196 + 9000, 100 * 15 + 7 * 69 + 9000
     assert found.speed("packed", "padded", MODEL) == padded / packed
 
