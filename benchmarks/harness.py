@@ -10,11 +10,14 @@ import os
 import platform
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -222,16 +225,17 @@ def run_watched(
             command, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=out, stderr=None if echo else err
         )
         peak = 0.0
-        try:
-            while process.poll() is None:
-                peak = max(peak, rss_mb(process.pid, peak=True))
-                time.sleep(0.02)
-                if time.perf_counter() - begin > limit_s:
-                    raise OverLimit(f"took more than {limit_s:g} s")
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        with _exit_on_sigterm():
+            try:
+                while process.poll() is None:
+                    peak = max(peak, rss_mb(process.pid, peak=True))
+                    time.sleep(0.02)
+                    if time.perf_counter() - begin > limit_s:
+                        raise OverLimit(f"took more than {limit_s:g} s")
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
         seconds, cpu_seconds = time.perf_counter() - begin, _children_cpu_seconds() - cpu_begin
         texts = []
         for file in (out, err):
@@ -241,6 +245,19 @@ def run_watched(
         last = "\n".join("".join(texts).splitlines()[-20:])
         raise RuntimeError(f"{' '.join(command)} exited with {process.returncode}:\n{last}")
     return Finished(stdout=texts[0], stderr=texts[1], seconds=seconds, cpu_seconds=cpu_seconds, peak_rss_mb=peak)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Within it, SIGTERM raises SystemExit; by default it would end this process at once, and its child would run on."""
+    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _children_cpu_seconds() -> float:

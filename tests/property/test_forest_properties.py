@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_engine.batch import (
     LAYOUTS,
     ForestCollator,
-    ScoredTree,
+    Tree,
     build_forest,
     pack_trees,
     sum_by_completion,
@@ -36,7 +36,7 @@ def completions(draw: Any) -> tuple[list[int], list[bool]]:
 
 
 @st.composite
-def random_trees(draw: Any) -> list[ScoredTree]:
+def random_trees(draw: Any) -> list[Tree]:
     """Any number of completions to a prompt; the reference's log-probs number the scored tokens through all trees."""
     trees, first = [], 0
     for _ in range(draw(st.integers(min_value=1, max_value=5))):
@@ -47,7 +47,7 @@ def random_trees(draw: Any) -> list[ScoredTree]:
             numbers.append(torch.arange(first, first + sum(scored), dtype=torch.float32))
             first += sum(scored)
         trees.append(
-            ScoredTree(
+            Tree(
                 prompt_ids=prompt,
                 completions=[tokens for tokens, _ in answers],
                 reference_token_logps=numbers,
@@ -66,11 +66,11 @@ def model() -> torch.nn.Module:
     return made
 
 
-def scored_count(trees: list[ScoredTree]) -> int:
+def scored_count(trees: list[Tree]) -> int:
     return sum(sum(mask) for tree in trees for mask in tree.scored or ())
 
 
-def by_number(trees: list[ScoredTree], collate: ForestCollator) -> Tensor:
+def by_number(trees: list[Tree], collate: ForestCollator) -> Tensor:
     """(N,) log-probs of all scored tokens, by the number that each carries as its reference log-prob."""
     found = torch.full((scored_count(trees),), torch.nan)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def by_number(trees: list[ScoredTree], collate: ForestCollator) -> Tensor:
     return found
 
 
-def one_by_one(trees: list[ScoredTree]) -> Tensor:
+def one_by_one(trees: list[Tree]) -> Tensor:
     """The same by the model's own logits, a sequence a call."""
     found = []
     with torch.no_grad():
@@ -108,9 +108,7 @@ def test_a_log_prob_is_the_same_in_any_layout_packing_order_and_budget(data: st.
 
 @settings(max_examples=60, deadline=None)
 @given(trees=random_trees(), layout=st.sampled_from(LAYOUTS), data=st.data())
-def test_packing_keeps_every_tree_once_and_the_budget(
-    trees: list[ScoredTree], layout: str, data: st.DataObject
-) -> None:
+def test_packing_keeps_every_tree_once_and_the_budget(trees: list[Tree], layout: str, data: st.DataObject) -> None:
     costs = [tree_cost(tree, layout) for tree in trees]
     budget = data.draw(st.integers(min_value=max(costs), max_value=sum(costs)))
     packed = pack_trees(trees, budget, layout)
@@ -123,7 +121,7 @@ def test_packing_keeps_every_tree_once_and_the_budget(
 
 @settings(max_examples=60, deadline=None)
 @given(trees=random_trees(), layout=st.sampled_from(LAYOUTS))
-def test_the_indices_name_each_scored_token_once(trees: list[ScoredTree], layout: str) -> None:
+def test_the_indices_name_each_scored_token_once(trees: list[Tree], layout: str) -> None:
     forest = build_forest(trees, layout)
     masks = [mask for tree in trees for mask in tree.scored or ()]
     tokens = [completion for tree in trees for completion in tree.completions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -247,3 +248,25 @@ def test_the_result_is_the_last_line_that_is_not_blank() -> None:
         harness.last_json("[1]\n")
     with pytest.raises(ValueError, match="nothing was printed"):
         harness.last_json("\n")
+
+
+def test_a_benchmark_that_is_terminated_leaves_no_child_behind(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import harness\n"
+        f"write = 'import os, time; open({str(child)!r}, \"w\").write(str(os.getpid())); time.sleep(60)'\n"
+        "harness.run_watched([sys.executable, '-c', write])"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        for _ in range(300):
+            if child.exists() and child.read_text():
+                break
+            time.sleep(0.1)
+        pid = int(child.read_text())
+        parent.terminate()
+        assert parent.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        parent.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
