@@ -253,10 +253,12 @@ def test_the_result_is_the_last_line_that_is_not_blank() -> None:
 
 def test_a_benchmark_that_is_terminated_leaves_no_child_behind(tmp_path: Path) -> None:
     child = tmp_path / "child"
+    (tmp_path / "child.py").write_text(
+        f"import os, time\nfrom pathlib import Path\nPath({str(child)!r}).write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    )
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import harness\n"
-        f"write = 'import os, time; open({str(child)!r}, \"w\").write(str(os.getpid())); time.sleep(60)'\n"
-        "harness.run_watched([sys.executable, '-c', write])"
+        f"harness.run_watched([sys.executable, {str(tmp_path / 'child.py')!r}])"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:
