@@ -128,6 +128,20 @@ def is_peft_model(model: nn.Module) -> bool:
     return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
 
 
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """Adapters that put tokens before the prompt, or switch on at some token, do not know where a forest's prompts begin.
+
+    Raises:
+        ModelError: the model has such adapters.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None):
+            raise ModelError(
+                f"the adapter {name!r} is a {type(config).__name__} that depends on where a prompt begins in its row; the engine "
+                "lays many prompts in one row: use LoRA or another adapter of weights"
+            )
+
+
 def adapters_are_zero(model: nn.Module) -> bool:
     """Whether the active LoRA adapters change nothing yet, so that the policy is its own reference.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dpo_engine.batch.forest import PreferenceForest, build_forest
 from dpo_engine.errors import ConfigError
-from dpo_engine.model.adapters import is_peft_model
+from dpo_engine.model.adapters import is_peft_model, refuse_prompt_learning
 from dpo_engine.model.flex_attention import why_not_flex
 from dpo_engine.model.forest_attention import FORMS, OWN, forest_form, restore_attention, use_forest_attention
 from dpo_engine.model.forest_mask import why_not_one_mask
@@ -42,6 +42,7 @@ _LIMITS = (
     "floor_scale",  # Llama-4 scales queries by log(1 + index / floor_scale), and counts the row's indices
     "original_max_position_embeddings",  # Ministral-3 scales them likewise, by positions
     "index_topk",  # sparse attention picks so many keys
+    "keep_window_size",  # so does Doge's
 )
 _BESIDE = {"original_max_position_embeddings": "llama_4_scaling_beta"}
 """A limit that others keep for what cannot matter counts only where it stands beside this."""
@@ -83,9 +84,10 @@ def prepare_model(model: nn.Module, share_prompt: str = "auto") -> Layout:
         The layout; its `name` is for `build_forest`.
 
     Raises:
-        ModelError: its head cannot be reproduced.
+        ModelError: its head cannot be reproduced, or its adapters are tokens put before the prompt.
         ConfigError: `share_prompt` is unknown, or "on" and the model does not agree.
     """
+    refuse_prompt_learning(model)
     causal: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
     bind_scoring(causal)
     layout = choose_layout(causal, share_prompt)
@@ -136,6 +138,9 @@ def _disagreement(model: PreTrainedModel, layout: str, notes: list[str]) -> str 
     others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION
     if others:
         return f"its layers of type {', '.join(sorted(others))} mix neighbouring tokens"
+    text = model.config.get_text_config()
+    if getattr(text, "attn_temperature_tuning", False) and hasattr(text, "floor_scale"):
+        return "it scales queries by their index in the row (attn_temperature_tuning)"  # below a bfloat16 probe's tolerance
     if model.config._attn_implementation not in OWN:
         return f"attention {model.config._attn_implementation!r} cannot be called tree by tree"
     reasons: dict[str, str] = {}

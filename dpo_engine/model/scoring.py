@@ -207,8 +207,8 @@ def _over_forest(model: Any, shape: ForestShape, input_ids: Any, **others: Any) 
     form = forest_form(model)
     if form is None:
         raise ValueError(
-            f"{type(model).__name__} has no forest attention; call use_forest_attention(model), "
-            'or build the forest with layout="padded"'
+            f"{type(model).__name__} has no forest attention for this layout; build the forest "
+            "with the layout that prepare_model(model) returned"
         )
     length = row.shape[1]
     if form == "blocks":

@@ -71,8 +71,8 @@ def forest_budget(
     if given is not None:
         if most > given:
             raise DataError(
-                f"{origin}: the pair takes {most} tokens, more than max_tokens_per_forest={given}; raise it, or set "
-                f"max_length (--max_length) to truncate"
+                f"{origin}: the pair takes {most} tokens, more than max_tokens_per_forest={given}; raise it, or set max_length "
+                "(--max_length) to truncate: that is of the prompt and one completion, and a pair has two"
             )
         return Budget(given, "as asked for")
     if most * token_bytes > _AT_MOST * free:

@@ -29,7 +29,7 @@ class DPOConfig(TrainingArguments):
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "How strongly the policy is held to the reference; > 0. The method's own if not given: dpo 0.1."
+            "help": "How strongly the policy is held to the reference; > 0. The method's own if not given: dpo 0.1, bco 0.01."
         },
     )
     label_smoothing: float = field(
@@ -127,6 +127,16 @@ class DPOConfig(TrainingArguments):
             self.max_steps,
             "a number above 0, or -1 for all epochs",
         )
+        require(
+            self.neftune_noise_alpha is None,
+            "neftune_noise_alpha",
+            self.neftune_noise_alpha,
+            "none: its noise depends on the length of a row, and a forest is one row",
+        )
+        seen = self.include_num_input_tokens_seen
+        require(seen in (False, "no"), "include_num_input_tokens_seen", seen, "no: batches are forests")
+        order = getattr(self, "train_sampling_strategy", "random")
+        require(order in ("random", "sequential"), "train_sampling_strategy", order, "random or sequential")
         smoothing = self.label_smoothing_factor
         require(smoothing == 0, "label_smoothing_factor", smoothing, "0; the loss's own parameter is label_smoothing")
 

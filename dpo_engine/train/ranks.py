@@ -2,19 +2,21 @@
 
 Each has trees of its own, so the numbers of trees and of forests differ. A rank that has fewer forests runs idle ones,
 whose gradient is zero, because every forward and backward of a sharded or replicated model is a meeting of all ranks. A data
-set whose length is no multiple of what the ranks take together is filled up with empty rows: accelerate would repeat rows.
+set whose length is no multiple of what the ranks take together is filled up with empty rows: accelerate would repeat rows. They
+come last, whatever the order of the others, so that every step has the rows that it would have in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, RandomSampler, Sampler
 
 from dpo_engine.batch import PreferenceForest, Tree, build_forest
 
@@ -33,6 +35,37 @@ class EvenRows(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(index)
         return self.rows[index] if index < len(self.rows) else None
+
+
+class _EvenSampler(Sampler[int]):
+    """The rows in the order of another sampler, then the empty ones."""
+
+    def __init__(self, order: Sampler[int], rows: EvenRows) -> None:
+        self.order, self.rows = order, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order
+        yield from range(len(self.rows.rows), len(self.rows))
+
+    def set_epoch(self, epoch: int) -> None:
+        """What accelerate calls, so that every epoch has an order of its own."""
+        if hasattr(self.order, "set_epoch"):
+            self.order.set_epoch(epoch)
+
+
+def even_sampler(rows: EvenRows, *, order: Callable[[Any], Any], seed: int | None) -> Any:
+    """The sampler that `order` makes of the rows, with the empty rows last; None where it makes none.
+
+    Args:
+        seed: of the shuffling that accelerate puts in the place of a random sampler's; None: torch's.
+    """
+    sampler = order(rows.rows)
+    if isinstance(sampler, RandomSampler):  # accelerate does this to a sampler that it sees
+        sampler = SeedableRandomSampler(data_source=rows.rows, num_samples=len(rows.rows), data_seed=seed)
+    return None if sampler is None else _EvenSampler(sampler, rows)
 
 
 def idle_forest(layout: str, completions: int, with_reference: bool) -> PreferenceForest:

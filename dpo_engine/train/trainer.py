@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from dpo_engine.batch import (
 from dpo_engine.data import PairData, tokenize_pairs
 from dpo_engine.errors import ConfigError, TrainingError
 from dpo_engine.losses import PairStats, get_method
-from dpo_engine.model.adapters import adapters_are_zero, is_peft_model
+from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, refuse_prompt_learning
 from dpo_engine.model.head import head_of
 from dpo_engine.model.layout import Layout, choose_layout
 from dpo_engine.model.probe import probe_head
@@ -40,7 +41,7 @@ from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
 from dpo_engine.train.budget import Budget, bytes_per_token, forest_budget, free_bytes
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
-from dpo_engine.train.ranks import EvenRows, idle_forest, joined_over_ranks, sum_and_most
+from dpo_engine.train.ranks import EvenRows, even_sampler, idle_forest, joined_over_ranks, sum_and_most
 from dpo_engine.train.scoring import PairScorer, causal_model, make_reference, weighted_sum
 from dpo_engine.train.state import RunState, read_state, write_state
 from dpo_engine.train.whole_step import (
@@ -99,10 +100,14 @@ class DPOTrainer(Trainer):
             raise ConfigError(f"DPOTrainer: args is a {type(args).__name__}; expected a DPOConfig")
         assert args.beta is not None  # __post_init__ filled it in
         self.method, self.beta = get_method(args.method), args.beta
+        for name in ("compute_loss_func", "compute_metrics"):
+            if kwargs.get(name) is not None:
+                raise ConfigError(f"DPOTrainer: {name} is not used; the loss is args.method, and metrics are its own")
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
+        refuse_prompt_learning(model)
         causal = causal_model(model)
         bind_scoring(causal)
         self.reference = make_reference(model, ref_model) if self.method.needs_reference else None
@@ -292,11 +297,16 @@ class DPOTrainer(Trainer):
                 bar.update(len(trees))
         return [scored[id(tree)] for tree in data]
 
-    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> DataLoader:
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **kwargs: Any
+    ) -> DataLoader:
         """As transformers', over rows that the ranks can share evenly, so that accelerate repeats none."""
         if self.args.world_size > 1 and not self.args.dataloader_drop_last:
             dataset = EvenRows(dataset, batch_size * self.args.world_size)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+            if sampler_fn is not None:
+                seed = self.args.data_seed
+                sampler_fn = partial(even_sampler, order=sampler_fn, seed=seed)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn=sampler_fn, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[TokenTree]], num_batches: int, device: torch.device
@@ -436,6 +446,8 @@ class DPOTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`transformers.Trainer.evaluate`; the reference is asked once where `precompute_ref_log_probs` says so."""
         self._precompute_reference()
+        if eval_dataset is not None:
+            eval_dataset = _tokenized(eval_dataset, self.processing_class, self.config, "eval_dataset")  # type: ignore[arg-type]
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(
@@ -447,9 +459,10 @@ class DPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Means over all pairs of the loss and of every metric that training logs."""
-        model = self.model_wrapped
-        if not self.accelerator._models:
-            model = self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        # Before training there is nothing to reduce, and a model that accelerate had prepared for evaluation would not be
+        # wrapped for training any more: ranks would train apart.
+        model = self.model_wrapped if self.accelerator._models else self.model
+        assert model is not None
         was_training = model.training
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
@@ -499,6 +512,11 @@ def _present(trees: Sequence[TokenTree | None]) -> list[TokenTree]:
     return [tree for tree in trees if tree is not None]
 
 
+def _has_trees(dataset: Any) -> bool:
+    """Whether it is a list of trees, such as those that know their reference."""
+    return isinstance(dataset, list) and bool(dataset) and hasattr(dataset[0], "prompt_ids")
+
+
 def _knows_reference(rows: Any) -> bool:
     """Whether the rows bring reference log-probs: all do, or none."""
     return getattr(rows[0], "reference_token_logps", None) is not None
@@ -506,8 +524,12 @@ def _knows_reference(rows: Any) -> bool:
 
 def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> PairData | None:
     """Trees, from whatever a user passes as a data set."""
-    if dataset is None or isinstance(dataset, PairData):
+    if dataset is None or isinstance(dataset, PairData) or _has_trees(dataset):
         return dataset
+    if isinstance(dataset, dict):
+        raise ConfigError(f"DPOTrainer: {name} is a dict of {', '.join(map(str, dataset))}; expected one data set")
+    if not len(dataset):
+        raise ConfigError(f"DPOTrainer: {name} is empty; expected at least one pair, or None")
     if tokenizer is None:
         raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
     return tokenize_pairs(dataset, tokenizer, **args.pair_options())

@@ -16,6 +16,7 @@ from dpo_engine.batch import (
     Tree,
     build_forest,
     pack_trees,
+    packed_cost,
     sum_by_completion,
     tree_cost,
 )
@@ -98,9 +99,9 @@ def test_a_log_prob_is_the_same_in_any_layout_packing_order_and_budget(data: st.
     trees = data.draw(random_trees())
     want = one_by_one(trees)
     for layout in LAYOUTS:
-        most, everything = max(tree_cost(t, layout) for t in trees), sum(tree_cost(t, layout) for t in trees)
-        budget = data.draw(st.integers(min_value=most, max_value=everything), label=f"budget of {layout}")
         longest = data.draw(st.none() | st.integers(min_value=1, max_value=25), label=f"longest of {layout}")
+        costs = [packed_cost(tree, layout, longest) for tree in trees]
+        budget = data.draw(st.integers(min_value=max(costs), max_value=sum(costs)), label=f"budget of {layout}")
         order = data.draw(st.permutations(trees), label=f"order of {layout}")
         found = by_number(order, ForestCollator(budget, layout, longest))
         assert bool(((found - want).abs() <= 1e-5 * want.abs().clamp(min=1)).all())

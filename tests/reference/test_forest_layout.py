@@ -28,7 +28,7 @@ REASONS = {
     "falcon with alibi": "FalconForCausalLM cannot run it",
     "falcon_h1": "its layers of type hybrid mix neighbouring tokens",
     "gpt_neo with a window": "one mask for all layers would override its window_size=64",
-    "llama4 with tempered queries": "by Llama4ForCausalLM alone with floor_scale=5",
+    "llama4 with tempered queries": "it scales queries by their index in the row",
 }
 
 
@@ -133,3 +133,9 @@ def test_a_model_that_fails_on_the_second_choice_is_asked_about_it_alone() -> No
     layout = choose_layout(model)
     assert layout.name == "packed" and layout.line.startswith("layout: packed (not shared: a log-prob is ")
     assert forest_form(model) == "trees"
+
+
+def test_a_fault_below_the_rounding_of_bfloat16_is_not_left_to_the_probe() -> None:
+    model = tiny_from(PADDED["llama4 with tempered queries"]()).eval().bfloat16()
+    bind_scoring(model)
+    assert choose_layout(model).name == "padded"

@@ -28,6 +28,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAU
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "full": {"lora": False},
+    "shuffled, evaluated first": {"lora": True, "train_sampling_strategy": "random", "seed": 3},
     "bco": {"lora": True, "method": "bco", "beta": 0.5},
     "known reference": {"lora": True, "precompute_ref_log_probs": True},
     "fully sharded": {"lora": False},
@@ -70,9 +71,8 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
-        train_sampling_strategy="sequential",
         dataloader_pin_memory=False,
-        **settings,
+        **({"train_sampling_strategy": "sequential"} | settings),
     )
     seen = _Recorder()
     trainer = DPOTrainer(
@@ -83,6 +83,8 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         peft_config=LORA if lora else None,
         callbacks=[seen],
     )
+    if "evaluated first" in case:
+        trainer.evaluate()
     if ranks > 1 and case.startswith("fully sharded"):
         _shard(trainer)
     forests: list[int] = []

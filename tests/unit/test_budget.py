@@ -51,7 +51,7 @@ def test_a_pair_that_memory_has_no_room_for_is_named_with_the_flags_that_help() 
 
 def test_a_budget_that_was_asked_for_is_kept_or_refused() -> None:
     assert forest_budget(300, [random_pairs(9)], "shared").tokens == 300
-    with pytest.raises(DataError, match=r"more than max_tokens_per_forest=8; raise it, or set max_length"):
+    with pytest.raises(DataError, match=r"more than max_tokens_per_forest=8; raise it, or set max_length "):
         forest_budget(8, [random_pairs(9)], "shared")
 
 
