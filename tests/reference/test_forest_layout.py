@@ -10,7 +10,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.forest_attention import forest_form
 from dpo_engine.model.layout import choose_layout
 from dpo_engine.model.scoring import bind_scoring
-from support.architectures import MASKED, PADDED, SHARING, tiny_model
+from support.architectures import MASKED, PADDED, SHARING, tiny_from, tiny_model
 from support.forests import (
     assert_gradients_agree,
     assert_logps_agree,
