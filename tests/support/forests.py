@@ -75,3 +75,17 @@ def assert_gradients_agree(found: dict[str, Tensor], wanted: dict[str, Tensor]) 
     for name, want in wanted.items():
         error = (found[name] - want).norm()
         assert error <= 1e-4 * max(want.norm(), 1e-4 * whole), f"{name}: {error:.3g} of {want.norm():.3g}"
+
+
+def assert_gradients_no_worse(found: dict[str, Tensor], than: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Within 1e-4 of float64's, or twice as far from them as separate sequences in the same dtype are.
+
+    Adapters behind a saturated softmax have gradients that are small differences, whose rounding depends on the threads.
+    """
+    assert found.keys() == than.keys() == truth.keys()
+    whole = torch.stack([g.norm() for g in truth.values()]).norm()
+    for name, exact in truth.items():
+        error, own = (found[name] - exact).norm(), (than[name] - exact).norm()
+        assert error <= max(1e-4 * max(exact.norm(), 1e-4 * whole), 2 * own), (
+            f"{name}: {error:.3g} of {exact.norm():.3g}"
+        )
