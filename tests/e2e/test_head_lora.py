@@ -14,22 +14,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback
 
 from dpo_engine import DPOConfig, DPOTrainer
 from dpo_engine.model.adapters import add_lora
+from support.gradients import GradientRecorder
 from support.naive_dpo import completion_logps, train_naively
 from support.tiny_pairs import random_pairs, tiny_llama
-
-
-class GradientRecorder(TrainerCallback):
-    """Every trainable parameter's gradient just before each optimiser step."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
 def trained(folder: Path, model: torch.nn.Module, data: Any, **changes: Any) -> tuple[DPOTrainer, GradientRecorder]:

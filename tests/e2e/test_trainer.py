@@ -14,25 +14,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
 
 from dpo_engine import DPOConfig, DPOTrainer
 from dpo_engine.data import PairData
 from dpo_engine.errors import ConfigError, DataError, TrainingError
+from support.gradients import GradientRecorder, assert_same_gradients
 from support.naive_dpo import completion_logps, train_naively
 from support.tiny_pairs import random_pairs, tiny_llama
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-class GradientRecorder(TrainerCallback):
-    """Every trainable parameter's gradient just before each optimiser step."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
 def config(folder: Path, **changes: Any) -> DPOConfig:
@@ -62,16 +52,6 @@ def train(model: torch.nn.Module, data: PairData, args: DPOConfig, **more: Any) 
 
 def logged(trainer: DPOTrainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def assert_same_gradients(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
-    assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys()
-        scale = torch.stack([g.norm() for g in other.values()]).norm()
-        for name in mine:
-            difference = (mine[name] - other[name]).norm()
-            assert difference <= 1e-5 * max(other[name].norm().item(), 0.1 * scale.item()), name
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

@@ -16,12 +16,12 @@ pytest.importorskip("peft")
 
 from peft import LoraConfig
 from torch.nn.functional import logsigmoid
-from transformers import TrainerCallback
 
 from dpo_engine import DPOConfig, DPOTrainer
 from dpo_engine.data import PairData
 from dpo_engine.errors import TrainingError
 from dpo_engine.train import whole_step
+from support.gradients import GradientRecorder, assert_same_gradients
 from support.naive_dpo import completion_logps
 from support.tiny_pairs import random_pairs, tiny_llama
 
@@ -29,17 +29,9 @@ BETA = 0.4
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-class Gradients(TrainerCallback):
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
 def trainer(
     folder: Path, data: PairData, *, model: torch.nn.Module | None = None, lora: bool = False, **changes: Any
-) -> tuple[DPOTrainer, Gradients]:
+) -> tuple[DPOTrainer, GradientRecorder]:
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -56,7 +48,7 @@ def trainer(
         "train_sampling_strategy": "sequential",
         "dataloader_pin_memory": False,
     }
-    seen = Gradients()
+    seen = GradientRecorder()
     run = DPOTrainer(
         model=model or tiny_llama(),
         args=DPOConfig(**(settings | changes)),
@@ -90,15 +82,6 @@ def naive_bco(model: torch.nn.Module, steps: Sequence[Any]) -> tuple[list[float]
     return losses, gradients
 
 
-def assert_same(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
-    assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys()
-        size = torch.stack([g.norm() for g in other.values()]).norm()
-        for name in mine:
-            assert (mine[name] - other[name]).norm() <= 1e-5 * max(other[name].norm().item(), 0.1 * size.item()), name
-
-
 @pytest.mark.parametrize(
     "packing",
     [
@@ -116,7 +99,7 @@ def test_bco_trains_as_if_the_step_were_one_piece(tmp_path: Path, packing: dict[
     run.train()
     assert logged(run) == pytest.approx(losses, rel=1e-5)
     assert losses[0] == pytest.approx(2 * math.log(2)) and abs(losses[2] - losses[0]) > 1e-2
-    assert_same(seen.steps, gradients)
+    assert_same_gradients(seen.steps, gradients)
 
 
 def test_the_packing_of_these_steps_matters_to_a_loss_that_sees_only_its_forest(
