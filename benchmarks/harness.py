@@ -225,7 +225,7 @@ def run_watched(
             command, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=out, stderr=None if echo else err
         )
         peak = 0.0
-        with _exit_on_sigterm():
+        with exit_on_sigterm():
             try:
                 while process.poll() is None:
                     peak = max(peak, rss_mb(process.pid, peak=True))
@@ -248,7 +248,7 @@ def run_watched(
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Within it, SIGTERM raises SystemExit; by default it would end this process at once, and its child would run on."""
     if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
         yield

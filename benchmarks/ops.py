@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timing, describe_machine, first_calls, one_line, table, time_alternating, write_results
+from harness import (
+    Timing,
+    describe_machine,
+    exit_on_sigterm,
+    first_calls,
+    one_line,
+    table,
+    time_alternating,
+    write_results,
+)
 from op_cases import CASES, Case, Problem, Score, Shape, bare_gemms, call, make_problems
 from op_errors import Truth, errors, truth
 from op_implementations import IMPLEMENTATIONS, NotAvailable, peer_errors
@@ -331,12 +340,13 @@ def main() -> None:
     )
     records: list[Record] = []
     try:
-        for shape, emulated, slow in runs(args, has_bfloat16=machine["cpu_bf16_instructions"]):
-            for record in measure_shape(shape, settings, emulated=emulated, slow=slow):
-                records.append(record)
-                if args.records:
-                    with args.records.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(record, allow_nan=False) + "\n")
+        with exit_on_sigterm():
+            for shape, emulated, slow in runs(args, has_bfloat16=machine["cpu_bf16_instructions"]):
+                for record in measure_shape(shape, settings, emulated=emulated, slow=slow):
+                    records.append(record)
+                    if args.records:
+                        with args.records.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(record, allow_nan=False) + "\n")
     finally:  # what was measured before somebody lost patience is kept
         print(show(records))
         if records and not args.no_save and not args.records:

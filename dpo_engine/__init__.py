@@ -14,6 +14,7 @@ _HOME = {
     "DPOConfig": "dpo_engine.train.config",
     "DPOTrainer": "dpo_engine.train.trainer",
     "PreferenceForest": "dpo_engine.batch",
+    "ReferenceCache": "dpo_engine.reference.cache",
     "Tree": "dpo_engine.batch",
     "build_forest": "dpo_engine.batch",
     "dpo_loss": "dpo_engine.losses",
@@ -28,6 +29,7 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "PreferenceForest",
+    "ReferenceCache",
     "Tree",
     "build_forest",
     "dpo_loss",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from dpo_engine.model.layout import prepare_model
     from dpo_engine.model.scoring import forest_token_logps
     from dpo_engine.ops import linear_kl, linear_logps, linear_preference_loss
+    from dpo_engine.reference.cache import ReferenceCache
     from dpo_engine.train.config import DPOConfig
     from dpo_engine.train.trainer import DPOTrainer
 

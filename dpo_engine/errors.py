@@ -32,3 +32,9 @@ class TrainingError(EngineError, RuntimeError):
     """A run that must not go on, such as one whose first loss is not the method's start value."""
 
     exit_code = 1
+
+
+class CacheError(EngineError, RuntimeError):
+    """The reference cache cannot be read or written, or what it holds is not what the reference says."""
+
+    exit_code = 1

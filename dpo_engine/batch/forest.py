@@ -34,6 +34,8 @@ class TokenTree(Protocol):
                             completion of several turns of which the user's are not
         token_weights       a sequence of numbers per completion, one a token: what its log-prob counts in the sum (1)
         completion_weights  a number per completion: what it counts in the loss (1); a pair counts their mean
+        reference_logps     a number per completion: the sum of its scored tokens' log-probs under the reference
+        origin              where it came from, for messages
     """
 
     @property
@@ -54,6 +56,10 @@ class Tree:
     completion_weights: Sequence[float] | None = None
     reference_token_logps: Sequence[Tensor] | None = None
     """One (scored tokens of the completion,) float32 for each completion, on the CPU: the reference, asked before."""
+    reference_logps: Sequence[float] | None = None
+    """Or a sum over scored tokens for each completion, in nats, where only that is known."""
+    origin: str | None = None
+    """Where the tree came from, for messages."""
 
 
 TreeLike = TokenTree | tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -86,6 +92,7 @@ class PreferenceForest:
     labels: Tensor  # (N,) vocabulary ids
     completion_ids: Tensor  # (N,) ascending, in [0, C)
     reference_token_logps: Tensor | None  # (N,) float32; None where the reference is yet to be asked
+    reference_logps: Tensor | None  # (C,) float32, sums; None where they are not known, or log-probs of tokens are
     token_weights: Tensor | None  # (N,) float32; None where every token counts 1
     tree_ids: Tensor  # (C,) ascending, in [0, T)
     completion_weights: Tensor | None  # (C,) float32; None where every completion counts 1
@@ -155,6 +162,7 @@ def build_forest(trees: Sequence[TreeLike], layout: str = "shared") -> Preferenc
         sheets, shape, sources = _padded(completions, layout == "alone")
     lengths = tuple(len(completion.scored) for completion in completions)
     known = [logps for tree in given for logps in getattr(tree, "reference_token_logps", None) or ()]
+    sums = [logps for tree in given for logps in getattr(tree, "reference_logps", None) or ()]
     return PreferenceForest(
         layout=layout,
         input_ids=sheets,
@@ -163,6 +171,7 @@ def build_forest(trees: Sequence[TreeLike], layout: str = "shared") -> Preferenc
         labels=torch.tensor([c.ids[i] for c in completions for i in c.scored]),
         completion_ids=torch.repeat_interleave(torch.arange(len(completions)), torch.tensor(lengths)),
         reference_token_logps=torch.cat(known) if len(known) == len(completions) else None,
+        reference_logps=torch.tensor(sums, dtype=torch.float32) if len(sums) == len(completions) else None,
         token_weights=_weights(
             [[c.token_weights[i] for i in c.scored] if c.token_weights else None for c in completions], lengths
         ),

@@ -104,3 +104,80 @@ def inspect(
         seed=seed,
     )
     inspect_command(options, row=row, ids=ids, as_json=as_json)
+
+
+cache_app = typer.Typer(
+    help="Reference log-probs on disk. Every verb takes the keys and the YAML file of `dpo-engine train`, --reference_cache FOLDER "
+    "among them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(cache_app, name="cache", short_help="Build, look at and check reference log-probs on disk.")
+
+_TRAIN_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}
+_AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the last line of stdout; the text goes to stderr.")
+]
+
+
+@cache_app.command(context_settings=_TRAIN_KEYS, short_help="Compute what the cache lacks of a data set.")
+def build(context: typer.Context, as_json: _AsJson = False) -> None:
+    """dpo-engine cache build [CONFIG.yaml] --model M --data D [--key value ...]"""
+    from dpo_engine.cli.cache import cache_command
+
+    cache_command("build", context.args, as_json)
+
+
+@cache_app.command(
+    context_settings=_TRAIN_KEYS, short_help="What the cache holds; of a data set, with --model and --data."
+)
+def info(context: typer.Context, as_json: _AsJson = False) -> None:
+    """dpo-engine cache info [CONFIG.yaml] [--key value ...]"""
+    from dpo_engine.cli.cache import cache_command
+
+    cache_command("info", context.args, as_json)
+
+
+@cache_app.command(
+    context_settings=_TRAIN_KEYS, short_help="Check every entry; with --model and --data, against the model too."
+)
+def verify(
+    context: typer.Context,
+    every: Annotated[bool, typer.Option("--all", help="Compute every row again, not a few.")] = False,
+    as_json: _AsJson = False,
+) -> None:
+    """dpo-engine cache verify [CONFIG.yaml] [--all] [--key value ...]; exit code 1 if anything is wrong."""
+    from dpo_engine.cli.cache import cache_command
+
+    cache_command("verify", context.args, as_json, every=every)
+
+
+@cache_app.command(
+    context_settings=_TRAIN_KEYS, short_help="Put the files of all writers together, and take over other folders'."
+)
+def merge(
+    context: typer.Context,
+    others: Annotated[
+        list[str] | None, typer.Option("--from", help="Folder of another cache; may be repeated.")
+    ] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """dpo-engine cache merge [--from FOLDER] [--key value ...]"""
+    from dpo_engine.cli.cache import cache_command
+
+    cache_command("merge", context.args, as_json, others=others or [])
+
+
+@cache_app.command(context_settings=_TRAIN_KEYS, short_help="Remove damaged files, and what is not used any more.")
+def prune(
+    context: typer.Context,
+    unused_days: Annotated[
+        float | None, _both("--unused_days", "Also remove what no run has used for so many days.")
+    ] = None,
+    space: Annotated[str | None, typer.Option(help="Also remove this space; at least 4 digits of its address.")] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """dpo-engine cache prune [--unused_days N] [--space ADDRESS] [--key value ...]"""
+    from dpo_engine.cli.cache import cache_command
+
+    cache_command("prune", context.args, as_json, unused_days=unused_days, space=space)

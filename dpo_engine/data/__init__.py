@@ -7,6 +7,7 @@
     tokenizing.py   texts -> token ids, with an exact boundary and a scored end token
     truncation.py   token ids -> token ids that fit max_length
     pairs.py        all of it in order, and the report that accounts for every row
+    streaming.py    the same, a few rows at a time
     inspection.py   what training on the trees will compute, from their lengths
     token_view.py   the characters of each token
     records.py      the plain types that pass between them
@@ -20,12 +21,14 @@ from dpo_engine.data.formats import DataFormat, detect_format
 from dpo_engine.data.pairs import PairSource, check_source, load_pairs, load_row, tokenize_pairs
 from dpo_engine.data.reading import read_rows
 from dpo_engine.data.records import DataReport, PairData, PreferenceRow, TokenizedTree
+from dpo_engine.data.streaming import PairStream
 
 __all__ = [
     "DataFormat",
     "DataReport",
     "PairData",
     "PairSource",
+    "PairStream",
     "PreferenceRow",
     "TokenizedTree",
     "check_source",

@@ -6,6 +6,7 @@ The shape is detected once, from the first rows; after that every row must have 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from dpo_engine.errors import DataError
 
 SAMPLE_ROWS = 100
 """How many rows vote on the shape, so that one odd first row does not decide."""
+
+REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
+"""What a row may bring of its reference: sums over scored tokens, in nats."""
 
 Text = str | list[Message]
 Pair = tuple[Text, Text, Text]
@@ -87,6 +91,8 @@ def detect_format(rows: Iterable[Mapping[str, Any]]) -> DataFormat:
     shape = next(shape for shape in SHAPES if shape.name == name)
     present = dict.fromkeys(column for row in rows for column in row)
     known = sorted((*shape.needs, *shape.optional), key=lambda column: column in _PAIR)  # the pair last
+    if shape.convert is not None:
+        known += REFERENCE_COLUMNS
     return DataFormat(
         shape=shape,
         columns=tuple(column for column in known if column in present),
@@ -131,7 +137,20 @@ def preference_row(data_format: DataFormat, row: SourceRow) -> PreferenceRow:
         raise UnusableRow("empty completion")
     if chosen == rejected:
         raise UnusableRow("identical completions")
-    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, origin=row.origin)
+    reference = _reference_logps(columns)
+    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, origin=row.origin, reference_logps=reference)
+
+
+def _reference_logps(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The sums that a row brings; None where it has no such columns, or null in both."""
+    values = [row.get(column) for column in REFERENCE_COLUMNS]
+    if values == [None, None]:
+        return None
+    for column, value in zip(REFERENCE_COLUMNS, values, strict=True):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None or not is_number or not math.isfinite(value) or value > 0:
+            raise BadRow(f"column {column!r} must be a finite log-prob of at most 0, or null in both, found {value!r}")
+    return float(values[0]), float(values[1])  # type: ignore[arg-type]
 
 
 def completion_text(completion: Text) -> str:

@@ -52,6 +52,7 @@ _NO_PROMPT = "the prompt is empty, and the tokenizer has no BOS token from which
 REFUSED = "refused by the chat template"
 IDENTICAL_AFTER_CUT = "identical after truncation"
 BEYOND_LIMIT = "beyond limit"
+CUT_SUMS = "cut to max_length, so the reference log-probs that they bring, of the whole row, are not used but computed"
 MERGED = "the tokenizer merges across the end of the prompt (or of a turn), so what follows is tokenised on its own"
 _BATCH = 512
 
@@ -67,7 +68,7 @@ class PairSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Options:
+class ReadingOptions:
     max_length: int | None
     truncation: str
     skip_bad_rows: bool
@@ -135,7 +136,7 @@ def load_pairs(
         ConfigError: An option is out of range.
         DataError: As for `check_source`; a row is too long with "error"; the template cannot be used; no row is left.
     """
-    options = _Options(
+    options = ReadingOptions(
         max_length=max_length,
         truncation=truncation,
         skip_bad_rows=skip_bad_rows,
@@ -145,8 +146,8 @@ def load_pairs(
     options.check(tokenizer)
     if not isinstance(source, PairSource):
         source = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method)
-    data = _Loading(source, tokenizer, options).run()
-    _check_usable(data.report)
+    data = Loading(source, tokenizer, options).run()
+    check_usable(data.report)
     return data
 
 
@@ -171,7 +172,7 @@ def load_row(
     Raises:
         ConfigError, DataError: As for `load_pairs`; there is no such row, or it is left out (the message says why).
     """
-    options = _Options(
+    options = ReadingOptions(
         max_length=max_length,
         truncation=truncation,
         skip_bad_rows=skip_bad_rows,
@@ -184,7 +185,7 @@ def load_row(
     if not rows:
         raise DataError(_why_not_there(source, split, number, found.format))
     report = DataReport(source=str(source), format=found.report.format)
-    data = _Loading(replace(found, rows=rows, report=report), tokenizer, options).run()
+    data = Loading(replace(found, rows=rows, report=report), tokenizer, options).run()
     if not data.trees:
         raise DataError(f"{rows[0].origin} is left out: {', '.join(data.report.rows_left_out)}")
     return data.trees[0]
@@ -250,8 +251,18 @@ def tokenize_pairs(
 
 def _understood(rows: Iterator[SourceRow], source: str, skip_bad_rows: bool, method: str) -> PairSource:
     report = DataReport(source=source, format="")
-    readable = _readable(rows, report, skip_bad_rows)
-    sample = list(itertools.islice(readable, SAMPLE_ROWS))
+    parsed = readable_rows(rows, report, skip_bad_rows)
+    sample = list(itertools.islice(parsed, SAMPLE_ROWS))
+    data_format = format_of(sample, report, method)
+    kept = list(preference_rows(itertools.chain(sample, parsed), data_format, report, skip_bad_rows))
+    report.rows_used = len(kept)
+    check_usable(report)
+    return PairSource(rows=kept, report=report, format=data_format)
+
+
+def format_of(sample: list[SourceRow], report: DataReport, method: str) -> DataFormat:
+    """The shape of a source's first rows, which must be pairs."""
+    source = report.source
     if not sample:
         if report.rows_left_out:
             raise DataError(f"{source}: no row could be parsed: {describe_reason(report, UNPARSED)}")
@@ -262,35 +273,38 @@ def _understood(rows: Iterator[SourceRow], source: str, skip_bad_rows: bool, met
         raise DataError(f"{source}: {error}") from error
     require_pairs(data_format, source, method)
     report.format = str(data_format)
-    kept = []
-    for row in itertools.chain(sample, readable):
+    return data_format
+
+
+def preference_rows(
+    rows: Iterable[SourceRow], data_format: DataFormat, report: DataReport, skip_bad_rows: bool
+) -> Iterator[PreferenceRow]:
+    """The rows that are usable as text; the report counts the others."""
+    for row in rows:
         try:
-            kept.append(preference_row(data_format, row))
+            yield preference_row(data_format, row)
         except BadRow as error:
-            _skip_or_stop(report, row.origin, str(error), skip_bad_rows)
+            skip_or_stop(report, row.origin, str(error), skip_bad_rows)
         except UnusableRow as error:
             report.leave_out(str(error), row.origin)
-    report.rows_used = len(kept)
-    _check_usable(report)
-    return PairSource(rows=kept, report=report, format=data_format)
 
 
-def _readable(rows: Iterator[SourceRow], report: DataReport, skip_bad_rows: bool) -> Iterator[SourceRow]:
+def readable_rows(rows: Iterator[SourceRow], report: DataReport, skip_bad_rows: bool) -> Iterator[SourceRow]:
     for row in rows:
         report.rows_read += 1
         if row.fault is None:
             yield row
         else:
-            _skip_or_stop(report, row.origin, row.fault, skip_bad_rows)
+            skip_or_stop(report, row.origin, row.fault, skip_bad_rows)
 
 
-def _skip_or_stop(report: DataReport, origin: str, fault: str, skip_bad_rows: bool, reason: str = UNPARSED) -> None:
+def skip_or_stop(report: DataReport, origin: str, fault: str, skip_bad_rows: bool, reason: str = UNPARSED) -> None:
     if not skip_bad_rows:
         raise DataError(f"{origin}: {fault} (mend the row, or leave such rows out with --skip-bad-rows)")
     report.leave_out(reason, origin)
 
 
-def _check_usable(report: DataReport) -> None:
+def check_usable(report: DataReport) -> None:
     """Raises `DataError` when too many rows are unusable, or none is left."""
     reasons = [reason for reason in report.rows_left_out if reason in UNUSABLE]
     unusable = sum(report.rows_left_out[reason] for reason in reasons)
@@ -305,14 +319,14 @@ def _check_usable(report: DataReport) -> None:
         raise DataError(f"{report.source}: no usable row is left of {report.rows_read}: {said}")
 
 
-class _Loading:
+class Loading:
     """One pass over the rows of a source, batch by batch, in order."""
 
     def __init__(
         self,
         source: PairSource,
         tokenizer: PreTrainedTokenizerBase,
-        options: _Options,
+        options: ReadingOptions,
     ) -> None:
         shape = source.format.shape
         renderer: ChatRenderer | PlainRenderer = PlainRenderer(shape.plain_separator)
@@ -352,21 +366,25 @@ class _Loading:
                 rendered.append(self._renderer.render(row))
                 rows.append(row)
             except BadRow as error:
-                _skip_or_stop(self._data.report, row.origin, str(error), self._options.skip_bad_rows, REFUSED)
+                skip_or_stop(self._data.report, row.origin, str(error), self._options.skip_bad_rows, REFUSED)
         return zip(rows, rendered, self._encoder.encode(rendered), strict=True)
 
     def _take(self, row: PreferenceRow, rendered: RenderedTree, encoded: EncodedTree) -> None:
         """Keeps one row, or leaves it out for a reason that only its tokens show."""
         report, options = self._data.report, self._options
         if not encoded.prompt_ids:
-            _skip_or_stop(report, row.origin, _NO_PROMPT, options.skip_bad_rows, NO_PROMPT)
+            skip_or_stop(report, row.origin, _NO_PROMPT, options.skip_bad_rows, NO_PROMPT)
             return
         reason = _unusable(encoded)
         if reason:
             report.leave_out(reason, row.origin)
             return
         whole = TokenizedTree(
-            prompt_ids=encoded.prompt_ids, completions=encoded.completions, origin=row.origin, scored=encoded.scored
+            prompt_ids=encoded.prompt_ids,
+            completions=encoded.completions,
+            origin=row.origin,
+            scored=encoded.scored,
+            reference_logps=row.reference_logps,
         )
         tree = truncate_tree(whole, options.max_length, options.truncation)
         if tree is None:
@@ -378,6 +396,8 @@ class _Loading:
         self._data.trees.append(tree)
         self._data.rows.append(row)
         report.truncated += tree is not whole
+        if tree is not whole and row.reference_logps is not None:
+            self._noted[CUT_SUMS] += 1
         self._noted.update(note for note, holds in self._notes(row, rendered, encoded) if holds)
 
     def _notes(self, row: PreferenceRow, rendered: RenderedTree, encoded: EncodedTree) -> Iterator[tuple[str, bool]]:

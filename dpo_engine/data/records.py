@@ -50,6 +50,8 @@ class PreferenceRow:
     """As `chosen`."""
     origin: str
     """Where it came from, for messages."""
+    reference_logps: tuple[float, float] | None = None
+    """Sums over scored tokens under the reference that the row brings, chosen and rejected, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +66,8 @@ class TokenizedTree:
     origin: str
     scored: tuple[list[bool], ...] | None = None
     """Which ids of each completion are scored: of several turns the assistant's. None: all of them."""
+    reference_logps: tuple[float, float] | None = None
+    """Sums over scored tokens under the reference that the row brings, in nats."""
 
     @property
     def scored_masks(self) -> tuple[list[bool], ...]:
@@ -96,6 +100,15 @@ class DataReport:
         kept = self.examples.setdefault(reason, [])
         if len(kept) < EXAMPLES_KEPT:
             kept.append(origin)
+
+    def add(self, part: DataReport) -> None:
+        """Counts what was found of some rows that were read and understood before."""
+        self.rows_used += part.rows_used
+        self.truncated += part.truncated
+        for reason, count in part.rows_left_out.items():
+            self.rows_left_out[reason] = self.rows_left_out.get(reason, 0) + count
+            kept = self.examples.setdefault(reason, [])
+            kept += part.examples[reason][: EXAMPLES_KEPT - len(kept)]
 
     def lines(self) -> list[str]:
         """The report for people, one fact a line."""

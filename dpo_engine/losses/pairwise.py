@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -73,3 +74,47 @@ def bco_rewards(
     chosen = policy_chosen_logps - reference_chosen_logps
     rejected = policy_rejected_logps - reference_rejected_logps
     return 0.5 * beta * (chosen + rejected).detach()
+
+
+def ipo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    tau: float,
+) -> Tensor:
+    """`(h - 1 / (2 * tau))**2`, h = (pi_c - ref_c) - (pi_r - ref_r).
+
+    A regression of the log-ratio's difference to a fixed margin, so that it does not grow for ever on pairs that are never
+    contradicted.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps: (B,) sums over scored
+            tokens as in the paper, or means over them as in most trainers; nats.
+        tau: regularisation, positive; the margin aimed for is `1 / (2 * tau)`.
+
+    Returns:
+        (B,) losses, `1 / (4 * tau**2)` where policy and reference agree.
+
+    Source: Azar et al. 2023, "A general theoretical paradigm to understand learning from human preferences",
+        arXiv:2310.12036, eq. 17.
+    """
+    h = (policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps)
+    return (h - 1 / (2 * tau)) ** 2
+
+
+def ld_token_weights(places: Tensor, public_lengths: Tensor, ld_alpha: float) -> Tensor:
+    """`1 if place < public_length else ld_alpha`: what a token counts in length-desensitised sums.
+
+    Args:
+        places: (N,) each scored token's place among those of its completion, from 0.
+        public_lengths: (N,) scored tokens of the shorter completion of its pair.
+        ld_alpha: weight of the tokens beyond that length, in [0, 1]; 1 is plain DPO.
+
+    Returns:
+        (N,) float32, for sums of the policy and of the reference alike.
+
+    Source: Liu et al. 2024, "Length desensitization in direct preference optimization", arXiv:2409.06411, eq. 10.
+    """
+    beyond = places >= public_lengths
+    return torch.where(beyond, ld_alpha, 1.0)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dpo_engine.errors import ConfigError
-from dpo_engine.losses.pairwise import bco_loss, bco_rewards, dpo_loss
+from dpo_engine.losses.pairwise import bco_loss, bco_rewards, dpo_loss, ipo_loss, ld_token_weights
 from dpo_engine.losses.stats import PairStats
 
 
@@ -33,6 +33,10 @@ class Method:
     """Its examples depend on each other: it is given all pairs of an optimiser step, over all forests and ranks, at once."""
     baseline: Callable[[PairStats, Any], Tensor] | None = None
     """`baseline(stats, config) -> (B,)`, what `stats.baseline` is the running mean of, over all pairs since the run began."""
+
+    token_weights: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    """`token_weights(places, public_lengths, config) -> (N,)`, what each scored token counts in the sums of both models: from its
+    place among those of its completion, and the scored tokens of the shorter completion of its pair. None: 1."""
 
     def __call__(self, stats: PairStats, config: Any) -> Tensor:
         return self.loss(stats, config)
@@ -57,8 +61,28 @@ def _bco_rewards(stats: PairStats, config: Any) -> Tensor:
     return bco_rewards(*_sums(stats), config.beta)
 
 
+def _ipo(stats: PairStats, config: Any) -> Tensor:
+    sums = _sums(stats)
+    if getattr(config, "ipo_reduction", "mean") == "mean":
+        lengths = stats.chosen_lengths, stats.rejected_lengths
+        sums = tuple(value / length for value, length in zip(sums, lengths * 2, strict=True))  # type: ignore[assignment]
+    return ipo_loss(*sums, config.beta)
+
+
+def _ld_dpo(stats: PairStats, config: Any) -> Tensor:
+    """The sums are weighted already (`token_weights`)."""
+    return dpo_loss(*_sums(stats), config.beta)
+
+
 LOSSES: dict[str, Method] = {
     "dpo": Method(loss=_dpo, start=lambda config: math.log(2), uses=frozenset({"label_smoothing"})),
+    "ipo": Method(loss=_ipo, start=lambda config: 1 / (4 * config.beta**2), uses=frozenset({"ipo_reduction"})),
+    "ld_dpo": Method(
+        loss=_ld_dpo,
+        start=lambda config: math.log(2),
+        uses=frozenset({"ld_alpha"}),
+        token_weights=lambda places, public_lengths, config: ld_token_weights(places, public_lengths, config.ld_alpha),
+    ),
     "bco": Method(loss=_bco, start=lambda config: 2 * math.log(2), beta=0.01, whole_step=True, baseline=_bco_rewards),
 }
 

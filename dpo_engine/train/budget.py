@@ -50,6 +50,7 @@ def forest_budget(
     token_bytes: float = 0.0,
     free: int = 0,
     device: str = "cpu",
+    to_come: int = 0,
 ) -> Budget:
     """The budget of a run.
 
@@ -60,6 +61,7 @@ def forest_budget(
         token_bytes: what a token keeps for backward (`bytes_per_token`).
         free: bytes that are free for it (`free_bytes`).
         device: "cpu" or "cuda", ...
+        to_come: tokens of the largest tree that a stream may bring.
 
     Raises:
         DataError: a tree is larger than the budget given, or than memory allows.
@@ -67,7 +69,7 @@ def forest_budget(
     trees = [tree for data in datasets if data is not None for tree in data]
     largest = max(trees, key=lambda tree: packed_cost(tree, layout, longest), default=None)
     most = packed_cost(largest, layout, longest) if largest is not None else 0
-    origin = getattr(largest, "origin", "a tree")
+    origin = getattr(largest, "origin", None) or "a tree"
     if given is not None:
         if most > given:
             raise DataError(
@@ -75,6 +77,8 @@ def forest_budget(
                 "(--max_length) to truncate: that is of the prompt and one completion, and a pair has two"
             )
         return Budget(given, "as asked for")
+    if to_come > most:
+        most, origin = to_come, "the largest pair that max_length allows"
     if most * token_bytes > _AT_MOST * free:
         raise DataError(
             f"{origin}: the pair takes {most} tokens, which keep about {most * token_bytes / 2**30:.1f} GiB for the backward "

@@ -29,11 +29,19 @@ class DPOConfig(TrainingArguments):
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "How strongly the policy is held to the reference; > 0. The method's own if not given: dpo 0.1, bco 0.01."
+            "help": "How strongly the policy is held to the reference (ipo: tau); > 0. The method's own if not set: 0.1, bco 0.01."
         },
     )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of labels taken to be flipped, in [0, 0.5); above 0, dpo is cDPO."}
+    )
+    ipo_reduction: str = field(
+        default="mean",
+        metadata={"help": "ipo: compare means over tokens (mean, as most trainers do) or sums (sum, as in the paper)."},
+    )
+    ld_alpha: float = field(
+        default=0.5,
+        metadata={"help": "ld_dpo: weight of the tokens beyond the shorter completion's length, in [0, 1]."},
     )
     max_length: int | None = field(
         default=1024,
@@ -51,7 +59,16 @@ class DPOConfig(TrainingArguments):
     )
     precompute_ref_log_probs: bool = field(
         default=False,
-        metadata={"help": "Ask the reference once before training and keep its log-probs, instead of at every step."},
+        metadata={
+            "help": "Ask the reference once before training and keep its log-probs in memory, also without a reference_cache."
+        },
+    )
+    reference_cache: str = field(
+        default="auto",
+        metadata={
+            "help": "Where reference log-probs are kept on disk and found again by every run that would compute the same: a "
+            "folder, on (~/.cache/dpo-engine/reference), off, or auto: on for LoRA."
+        },
     )
     max_tokens_per_forest: int | None = field(
         default=None,
@@ -96,12 +113,13 @@ class DPOConfig(TrainingArguments):
             self.beta = method.beta
         require(self.beta > 0, "beta", self.beta, "a number above 0")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
-        require(
-            self.label_smoothing == 0 or "label_smoothing" in method.uses,
-            "label_smoothing",
-            self.label_smoothing,
-            f"0: the method {self.method} does not use it",
-        )
+        require(0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha, "a number in [0, 1]")
+        require(self.ipo_reduction in ("mean", "sum"), "ipo_reduction", self.ipo_reduction, "mean or sum")
+        for name in ("label_smoothing", "ipo_reduction", "ld_alpha"):
+            unset, given = type(self).__dataclass_fields__[name].default, getattr(self, name)
+            require(
+                given == unset or name in method.uses, name, given, f"{unset}: the method {self.method} does not use it"
+            )
         require(
             self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, or none"
         )
@@ -112,6 +130,8 @@ class DPOConfig(TrainingArguments):
         require(
             self.share_prompt in SHARE_PROMPT, "share_prompt", self.share_prompt, f"one of {', '.join(SHARE_PROMPT)}"
         )
+        words = {"none": "off", "false": "off", "true": "on", "": "off"}  # YAML reads off as false
+        self.reference_cache = words.get(str(self.reference_cache).lower(), str(self.reference_cache))
         choices = CHAT_TEMPLATE_CHOICES
         require(self.chat_template in choices, "chat_template", self.chat_template, f"one of {', '.join(choices)}")
         require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")

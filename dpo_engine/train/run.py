@@ -75,10 +75,14 @@ class TrainConfig(DPOConfig):
     sample_tokens: int = field(default=80, metadata={"help": "Most tokens of such an answer."})
     picture: bool = field(default=True, metadata={"help": "Draw training.png in output_dir."})
 
-    def __post_init__(self) -> None:
+    def require_inputs(self) -> None:
+        """Raise a `ConfigError` for the first of the keys that must be given and is not."""
         require(bool(self.model), "model", self.model, "a model folder, a hub id, or smollm2")
         require(bool(self.data), "data", self.data, "a file of preference pairs or a hub dataset id")
         require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
+
+    def __post_init__(self) -> None:
+        self.require_inputs()
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         require(self.lora_r >= 0, "lora_r", self.lora_r, "a rank above 0, or 0 to train every parameter")
         require(
@@ -108,6 +112,46 @@ class TrainConfig(DPOConfig):
         _check_report_to(self.report_to)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """Everything that training needs, before anything was scored."""
+
+    trainer: DPOTrainer
+    data: PairData
+    held_out: PairData | None
+    tokenizer: Any
+    model_path: str
+
+
+def prepare_run(config: TrainConfig, say: Say) -> PreparedRun:
+    """Read data and model, refusing what cannot work in the order of its cost.
+
+    Raises:
+        EngineError: input that cannot be used.
+    """
+    train_source = _source(config.data, config.data_split, config)
+    held_out_source = _source(config.eval_data, config.eval_split, config)
+    model_path = resolve_model(config.model, progress=say)  # type: ignore[arg-type]
+    check_model(model_path)
+    tokenizer = load_tokenizer(model_path)
+    data = _pairs(train_source, tokenizer, config, config.max_pairs)
+    assert data is not None
+    held_out = _pairs(held_out_source, tokenizer, config, None)
+    for source in (data, held_out):
+        for line in source.report.lines() if source else []:
+            say(line)
+    trainer = DPOTrainer(
+        model=_load_policy(config, model_path, say),
+        args=config,
+        train_dataset=data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    trainer.references.say = say
+    trainer.remove_callback(ProgressCallback)
+    return PreparedRun(trainer=trainer, data=data, held_out=held_out, tokenizer=tokenizer, model_path=str(model_path))
+
+
 def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     """Train, judge, save.
 
@@ -122,28 +166,11 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         EngineError: input that cannot be used, or a run that must stop.
     """
     output = _prepare_output(config)
-    train_source = _source(config.data, config.data_split, config)
-    held_out_source = _source(config.eval_data, config.eval_split, config)
-    model_path = resolve_model(config.model, progress=say)  # type: ignore[arg-type]
-    check_model(model_path)
-    tokenizer = load_tokenizer(model_path)
-    data = _pairs(train_source, tokenizer, config, config.max_pairs)
-    assert data is not None
-    held_out = _pairs(held_out_source, tokenizer, config, None)
-    for source in (data, held_out):
-        for line in source.report.lines() if source else []:
-            say(line)
-    model = _load_policy(config, model_path, say)
+    prepared = prepare_run(config, say)
+    trainer, data, held_out, tokenizer = prepared.trainer, prepared.data, prepared.held_out, prepared.tokenizer
+    model: Any = trainer.model
     clock = _StepClock()
-    trainer = DPOTrainer(
-        model=model,
-        args=config,
-        train_dataset=data,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        callbacks=[clock],
-    )
-    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(clock)
     if not config.disable_tqdm:
         trainer.add_callback(_Progress(say))
     trainer.restore_run(config.resume)  # before anything is scored
@@ -171,7 +198,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     result = {
         "schema": RESULT_SCHEMA,
         "method": config.method,
-        "model_path": str(model_path),
+        "model_path": prepared.model_path,
         "output_dir": str(output),
         "steps": trainer.state.global_step,
         "pairs_per_step": config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
@@ -184,6 +211,8 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         "held_out_loss": _before_after(before, after, "eval_loss"),
         "pairs_per_s": clock.pairs_per_second(config),
         "reference_s": trainer.reference_seconds,
+        "reference_rows_reused": trainer.references.filled.reused,
+        "reference_rows_computed": trainer.references.filled.computed,
         "peak_rss_mb": _peak_rss_mb(),
         "peak_cuda_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
         "dtype": str(resolve_dtype(config.dtype)).removeprefix("torch."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,12 +49,14 @@ class PairScorer:
     """Scores forests of pairs, of which completions alternate chosen, rejected.
 
     Args:
-        method: whether it needs a reference.
+        method: whether it needs a reference, and what tokens count.
+        config: the method's parameters.
         reference: a second model, or None where the reference lies under the policy's adapters.
     """
 
-    def __init__(self, method: Method, reference: nn.Module | None, accelerator: Accelerator) -> None:
+    def __init__(self, method: Method, config: Any, reference: nn.Module | None, accelerator: Accelerator) -> None:
         self.method = method
+        self.config = config
         self.reference = reference
         self.accelerator = accelerator
 
@@ -73,10 +76,12 @@ class PairScorer:
     def pair_stats(self, model: nn.Module, forest: PreferenceForest) -> PairStats:
         """Sums per completion of both models, with the gradient of the policy's."""
         reference: tuple[Tensor | None, Tensor | None] = None, None
-        if self.method.needs_reference:
+        if self.method.needs_reference and forest.reference_logps is not None:
+            reference = _by_pair(forest.reference_logps, forest)
+        elif self.method.needs_reference:
             known = forest.reference_token_logps
-            reference = _sums(self.reference_token_logps(model, forest) if known is None else known, forest)
-        chosen, rejected = _sums(self.token_logps(model, forest), forest)
+            reference = self._sums(self.reference_token_logps(model, forest) if known is None else known, forest)
+        chosen, rejected = self._sums(self.token_logps(model, forest), forest)
         lengths = torch.tensor(forest.lengths, dtype=torch.float32).to(chosen.device, non_blocking=True)
         chosen_lengths, rejected_lengths = _by_pair(lengths, forest)
         weights = forest.completion_weights
@@ -92,13 +97,26 @@ class PairScorer:
 
     def policy_again(self, model: nn.Module, forest: PreferenceForest, like: PairStats) -> PairStats:
         """`like` with the policy's sums computed anew, with gradient."""
-        chosen, rejected = _sums(self.token_logps(model, forest), forest)
+        chosen, rejected = self._sums(self.token_logps(model, forest), forest)
         return replace(like, chosen_logps=chosen, rejected_logps=rejected)
 
+    def _sums(self, token_logps: Tensor, forest: PreferenceForest) -> tuple[Tensor, Tensor]:
+        """`(chosen, rejected)`, each (trees,), sums over scored tokens, weighted as the data and the method say."""
+        weights = forest.token_weights
+        if self.method.token_weights is not None:
+            places, public_lengths = _places(forest)
+            by_method = self.method.token_weights(places, public_lengths, self.config).to(token_logps.device)
+            weights = by_method if weights is None else weights * by_method
+        return _by_pair(sum_by_completion(token_logps, forest.lengths, weights), forest)
 
-def _sums(token_logps: Tensor, forest: PreferenceForest) -> tuple[Tensor, Tensor]:
-    """`(chosen, rejected)`, each (trees,), sums over scored tokens."""
-    return _by_pair(sum_by_completion(token_logps, forest.lengths, forest.token_weights), forest)
+
+def _places(forest: PreferenceForest) -> tuple[Tensor, Tensor]:
+    """(N,) each scored token's place in its completion, and (N,) the scored tokens of its pair's shorter completion."""
+    pairs = zip(forest.lengths[::2], forest.lengths[1::2], strict=True)
+    lengths = torch.tensor(forest.lengths)
+    shorter = torch.tensor([min(pair) for pair in pairs]).repeat_interleave(2)
+    places = torch.cat([torch.arange(length) for length in forest.lengths])
+    return places, torch.repeat_interleave(shorter, lengths)
 
 
 def _by_pair(by_completion: Tensor, forest: PreferenceForest) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
@@ -26,22 +24,25 @@ from dpo_engine.batch import (
     PreferenceBatch,
     PreferenceForest,
     TokenTree,
-    Tree,
     pack_trees,
+    packed_cost,
 )
-from dpo_engine.data import PairData, tokenize_pairs
-from dpo_engine.errors import ConfigError, TrainingError
+from dpo_engine.data import PairData, PairStream, tokenize_pairs
+from dpo_engine.errors import ConfigError, DataError, TrainingError
 from dpo_engine.losses import PairStats, get_method
 from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, refuse_prompt_learning
 from dpo_engine.model.head import head_of
 from dpo_engine.model.layout import Layout, choose_layout
 from dpo_engine.model.probe import probe_head
 from dpo_engine.model.scoring import bind_scoring
+from dpo_engine.reference.cache import ReferenceCache, by_tree
+from dpo_engine.reference.values import ReferenceValues
 from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
 from dpo_engine.train.budget import Budget, bytes_per_token, forest_budget, free_bytes
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
 from dpo_engine.train.ranks import EvenRows, even_sampler, idle_forest, joined_over_ranks, sum_and_most
+from dpo_engine.train.reference import RunReference, cache_for, made_by
 from dpo_engine.train.scoring import PairScorer, causal_model, make_reference, weighted_sum
 from dpo_engine.train.state import RunState, read_state, write_state
 from dpo_engine.train.whole_step import (
@@ -69,10 +70,12 @@ class DPOTrainer(Trainer):
             `PairData`.
         processing_class: the tokenizer; needed unless the data is tokenised.
         peft_config: wrap `model` in these adapters first.
+        reference_cache: where reference log-probs are kept, a `ReferenceCache` or its folder; instead of `args.reference_cache`.
 
     Raises:
         ModelError: the model's head cannot be reproduced (probe), in `__init__`.
         DataError: no pair is left, or one does not fit `max_tokens_per_forest` or memory, in `__init__`.
+        CacheError: the reference cache cannot be used, or its rows are not what the reference says, in `train` and `evaluate`.
         TrainingError: the loss before the first step is not the method's start value, in `train`.
     """
 
@@ -88,6 +91,7 @@ class DPOTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
+        reference_cache: ReferenceCache | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -113,12 +117,13 @@ class DPOTrainer(Trainer):
         self.reference = make_reference(model, ref_model) if self.method.needs_reference else None
         self._starts_at_reference = ref_model is None and (not is_peft_model(model) or adapters_are_zero(model))
         self._start_checked = False
-        self.reference_seconds = 0.0
-        self._reference_backend: str | None = None  # which one the precomputed log-probs are of
+        self._reference_backend: str | None = None  # which one the log-probs in memory are of
         self._train_metrics = MetricSums()
         self._baseline = RunningMean()
         train_data = _tokenized(train_dataset, processing_class, args, "train_dataset")
         eval_data = _tokenized(eval_dataset, processing_class, args, "eval_dataset")
+        if isinstance(train_data, PairStream):
+            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # it would look for tensors in what a stream yields
         super().__init__(
             model=model,
             args=args,
@@ -130,13 +135,27 @@ class DPOTrainer(Trainer):
         )
         if self.reference is not None:
             self.reference.to(args.device)
-        self.scorer = PairScorer(self.method, self.reference, self.accelerator)
+        self.scorer = PairScorer(self.method, args, self.reference, self.accelerator)
         self.layout = self._choose_layout(causal)
         self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
         if self.reference is not None and ref_model is not None:
             probe_head(causal_model(self.reference))
         self._use_budget(self._new_budget(causal, [train_data, eval_data]))
+        self.references = RunReference(
+            method=self.method,
+            reference=causal if self.reference is None else self.reference,
+            is_policy=self.reference is None,
+            cache=cache_for(reference_cache or args.reference_cache, is_lora=is_peft_model(model)),
+            is_default=reference_cache is None and args.reference_cache == "auto",
+            in_bulk=args.precompute_ref_log_probs,
+            accelerator=self.accelerator,
+            score=self._reference_scores,
+            pack=self._forests_of,
+            dtype=self._head_dtype,
+            made=lambda: made_by(args.device, self.backend.name, self.layout.name),
+            quiet=bool(args.disable_tqdm),
+        )
 
     def _choose_layout(self, causal: PreTrainedModel) -> Layout:
         """The layout that the policy, and a reference of its own, are right on."""
@@ -175,7 +194,8 @@ class DPOTrainer(Trainer):
         self._use_backend(resumed_backend(self.config.backend, state, name, self.args.device, self._head_dtype()))
         self._baseline = RunningMean(state.baseline_count, state.baseline_sum)
         if self.config.max_tokens_per_forest is None:
-            datasets: list[Any] = [self.train_dataset, self.eval_dataset]
+            both: list[Any] = [self.train_dataset, self.eval_dataset]
+            datasets = [None if isinstance(data, PairStream) else data for data in both]
             budget = forest_budget(state.max_tokens_per_forest, datasets, self.layout.name, self.layout.longest)
             self._use_budget(replace(budget, why=f"as in {name.name}"))
 
@@ -211,14 +231,17 @@ class DPOTrainer(Trainer):
                 device=self.args.device,
             )
             free = free_bytes(self.args.device, causal)
+        # Of a stream nothing is known but what it may bring: a pair of the greatest length, prompts apart.
+        is_stream = any(isinstance(data, PairStream) for data in datasets)
         return forest_budget(
             self.config.max_tokens_per_forest,
-            datasets,
+            [None if isinstance(data, PairStream) else data for data in datasets],
             self.layout.name,
             self.layout.longest,
             token_bytes=token_bytes,
             free=free,
             device=self.args.device.type,
+            to_come=2 * (self.config.max_length or 0) if is_stream else 0,
         )
 
     def _use_budget(self, budget: Budget) -> None:
@@ -255,47 +278,44 @@ class DPOTrainer(Trainer):
         A checkpoint is gone on from with the backend and the budget it was trained with.
         """
         self.restore_run(resume_from_checkpoint)
-        self._precompute_reference()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self.know_reference()
+        self.references.watch()
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.references.check_still()
+        return output
 
-    def _precompute_reference(self) -> None:
-        """Replace the trees of both data sets by trees that know their reference log-probs, once for each backend.
+    def know_reference(self) -> None:
+        """Have the reference's log-probs of both data sets at hand, where that is wanted before the first step.
 
-        Every rank computes all of them. They are kept in memory, 4 bytes a scored token.
+        Rows that the cache has are read, the others computed in bulk, forward only, and kept. Of a run that is too short to
+        see all rows, and of a stream, rows follow as they arrive (`get_batch_samples`).
         """
-        if not (self.config.precompute_ref_log_probs and self.method.needs_reference):
-            return
-        begin = time.perf_counter()
+        if self._reference_backend != self.backend.name and self.references.cache is None:
+            for name in ("train_dataset", "eval_dataset"):  # in memory they are of another backend: ask again
+                data = getattr(self, name)
+                setattr(self, name, data.trees if isinstance(data, ReferenceValues) else data)
+        self._reference_backend = self.backend.name
         for name in ("train_dataset", "eval_dataset"):
             data = getattr(self, name)
-            if data is not None and not (_knows_reference(data) and self._reference_backend == self.backend.name):
-                setattr(self, name, self._scored_trees(data, name))
-        self._reference_backend = self.backend.name
-        self.reference_seconds += time.perf_counter() - begin
+            if data is not None and not (name == "train_dataset" and self._sees_few_rows()):
+                setattr(self, name, self.references.known(data, name))
 
-    def _scored_trees(self, data: Sequence[TokenTree], name: str) -> list[Tree]:
-        """`data`, in its order, with reference log-probs; forward only, in forests of like lengths."""
+    def _sees_few_rows(self) -> bool:
+        """Whether the run ends before it has seen each row, so that not all of them are asked for."""
+        if isinstance(self.train_dataset, PairStream):
+            return True
+        seen = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return self.references.cache is not None and self.args.world_size == 1 and 0 < seen < len(self.train_dataset)  # type: ignore[arg-type]
+
+    def _forests_of(self, trees: Sequence[TokenTree]) -> list[list[TokenTree]]:
+        """The trees of each forest that the reference is asked about."""
+        return pack_trees(trees, self.budget.tokens, self.layout.name, self.layout.longest)
+
+    def _reference_scores(self, trees: Sequence[TokenTree]) -> list[list[Tensor]]:
+        """The reference's log-probs of the trees of one forest."""
         assert self.model is not None
-        forests = pack_trees(data, self.budget.tokens, self.layout.name, self.layout.longest)
-        scored: dict[int, Tree] = {}
-        with tqdm(total=len(data), desc=f"reference, {name}", unit="pair", disable=self.args.disable_tqdm) as bar:
-            for trees in forests:
-                (forest,) = self.packed(trees).to(self.args.device).forests
-                by_completion = iter(
-                    self.scorer.reference_token_logps(self.model, forest).cpu().split(list(forest.lengths))
-                )
-                for tree in trees:
-                    scored[id(tree)] = Tree(
-                        prompt_ids=tree.prompt_ids,
-                        completions=tree.completions,
-                        reference_token_logps=[next(by_completion).clone() for _ in tree.completions],
-                        **{
-                            name: getattr(tree, name, None)
-                            for name in ("scored", "token_weights", "completion_weights")
-                        },
-                    )
-                bar.update(len(trees))
-        return [scored[id(tree)] for tree in data]
+        (forest,) = self.packed(trees).to(self.args.device).forests
+        return by_tree(trees, self.scorer.reference_token_logps(self.model, forest))
 
     def _get_dataloader(  # type: ignore[override]
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **kwargs: Any
@@ -320,9 +340,23 @@ class DPOTrainer(Trainer):
         read = list(itertools.islice(epoch_iterator, num_batches))
         if not read:
             return [], None
-        batch, step_trees = self._evened(self.packed([tree for trees in read for tree in trees]))
+        trees: Sequence[TokenTree] = [tree for trees in read for tree in trees]
+        if isinstance(self.train_dataset, PairStream):
+            self._check_fits(trees)
+        trees = self.references.of(trees)
+        batch, step_trees = self._evened(self.packed(trees))
         nothing = PreferenceBatch(forests=(), trees=0)
         return [nothing] * (len(read) - 1) + [batch], step_trees
+
+    def _check_fits(self, trees: Sequence[TokenTree]) -> None:
+        """Refuse a tree of a stream that is larger than a forest may be."""
+        for tree in trees:
+            cost = packed_cost(tree, self.layout.name, self.layout.longest)
+            if cost > self.budget.tokens:
+                raise DataError(
+                    f"{getattr(tree, 'origin', 'a tree')}: the pair takes {cost} tokens, and forests are of up to "
+                    f"{self.budget.tokens}; raise max_tokens_per_forest, or set max_length to truncate"
+                )
 
     def _evened(self, batch: PreferenceBatch) -> tuple[PreferenceBatch, int]:
         """The batch with as many idle forests as make all ranks have the same number, and the trees of all ranks."""
@@ -345,7 +379,7 @@ class DPOTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         model.train()
         batch = inputs.to(self.args.device)
-        forests = self._with_idle(batch, _knows_reference(self.train_dataset))
+        forests = self._with_idle(batch, bool(batch.idle) and _knows_reference(self.train_dataset))
         if not self._start_checked:
             self._check_start(model, forests)
         scale = self.args.world_size / (num_items_in_batch or batch.trees * self.args.world_size)
@@ -413,6 +447,11 @@ class DPOTrainer(Trainer):
         return 6 * tokens * sum(parameter.numel() for parameter in self.model_wrapped.parameters())
 
     @property
+    def reference_seconds(self) -> float:
+        """Time spent so far on having the reference's log-probs at hand before they are used."""
+        return self.references.filled.seconds
+
+    @property
     def config(self) -> DPOConfig:
         """`args`, by the type it was checked to be."""
         assert isinstance(self.args, DPOConfig)
@@ -428,7 +467,8 @@ class DPOTrainer(Trainer):
         model.eval()
         with torch.no_grad():
             # Asked anew also where it was computed before: in the same forest both are the same to the last bits.
-            anew = [self.scorer.pair_stats(model, replace(forest, reference_token_logps=None)) for forest in forests]
+            unknown = [replace(forest, reference_token_logps=None, reference_logps=None) for forest in forests]
+            anew = [self.scorer.pair_stats(model, forest) for forest in unknown]
             losses = self.method(joined(anew), self.config)
         model.train()
         if not len(losses):  # this rank has idle forests only
@@ -444,10 +484,14 @@ class DPOTrainer(Trainer):
     # ---- evaluation and logs ----
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`transformers.Trainer.evaluate`; the reference is asked once where `precompute_ref_log_probs` says so."""
-        self._precompute_reference()
+        """`transformers.Trainer.evaluate`; the reference is asked only for what is not known of it."""
+        is_sharded = bool(self.accelerator._models) and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if not is_sharded:  # else every rank must take part in every forward: rows are scored as they come
+            self.know_reference()
         if eval_dataset is not None:
             eval_dataset = _tokenized(eval_dataset, self.processing_class, self.config, "eval_dataset")  # type: ignore[arg-type]
+            if not is_sharded:
+                eval_dataset = self.references.known(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(
@@ -496,6 +540,8 @@ class DPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed since the last log to a training log."""
+        if "loss" in logs:
+            self.references.check_still()
         if "loss" in logs and self._train_metrics.sums:
             means = self._read(self._train_metrics)
             logs |= {name: value for name, value in means.items() if name != "loss"}
@@ -519,17 +565,39 @@ def _has_trees(dataset: Any) -> bool:
 
 def _knows_reference(rows: Any) -> bool:
     """Whether the rows bring reference log-probs: all do, or none."""
-    return getattr(rows[0], "reference_token_logps", None) is not None
+    return any(getattr(rows[0], name, None) is not None for name in ("reference_token_logps", "reference_logps"))
 
 
-def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> PairData | None:
+def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> Any:
     """Trees, from whatever a user passes as a data set."""
-    if dataset is None or isinstance(dataset, PairData) or _has_trees(dataset):
+    if dataset is None or isinstance(dataset, PairData | ReferenceValues | PairStream) or _has_trees(dataset):
         return dataset
     if isinstance(dataset, dict):
         raise ConfigError(f"DPOTrainer: {name} is a dict of {', '.join(map(str, dataset))}; expected one data set")
-    if not len(dataset):
+    if is_stream := not hasattr(dataset, "__len__"):
+        _check_stream(dataset, args, name)
+    elif not len(dataset):
         raise ConfigError(f"DPOTrainer: {name} is empty; expected at least one pair, or None")
     if tokenizer is None:
         raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
+    if is_stream:
+        return PairStream(dataset, tokenizer, source=name, **args.pair_options())
     return tokenize_pairs(dataset, tokenizer, **args.pair_options())
+
+
+def _check_stream(dataset: Any, args: DPOConfig, name: str) -> None:
+    """Refuse what cannot be streamed."""
+    if not hasattr(dataset, "__iter__"):
+        raise ConfigError(
+            f"DPOTrainer: {name} is a {type(dataset).__name__}; expected rows: a list, a Dataset or a stream"
+        )
+    if name != "train_dataset":
+        raise ConfigError(
+            f"DPOTrainer: {name} is a stream; expected a data set with an end, such as a list of its first rows"
+        )
+    if args.world_size > 1:
+        raise ConfigError(
+            f"DPOTrainer: {name} is a stream, and there are {args.world_size} ranks; expected a data set in memory"
+        )
+    if args.max_steps <= 0:
+        raise ConfigError(f"DPOTrainer: {name} is a stream, whose length is not known; set max_steps")

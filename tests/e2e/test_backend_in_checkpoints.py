@@ -74,7 +74,7 @@ def test_a_resumed_run_keeps_the_backend_of_its_checkpoint_bit_for_bit(tmp_path:
     checkpoint = tmp_path / "out" / "checkpoint-2"
     resumed = trainer(tmp_path / "out", precompute_ref_log_probs=True)  # auto, which means tiled here
     assert resumed.backend.name == "tiled"
-    resumed._precompute_reference()  # as an evaluation before training would
+    resumed.know_reference()  # as an evaluation before training would
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.backend.name == scoring_backend(resumed) == "reference"
     assert "as in checkpoint-2" in resumed.backend.line()

@@ -268,3 +268,47 @@ def test_a_micro_batch_reads_nothing_from_the_device(tmp_path: Path) -> None:
         trainer.training_step(trainer.model, batch, 8)
     assert counter.reads == 0
     trainer.scorer.token_logps = original
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_ld_dpo_weighs_the_tokens_beyond_the_shorter_completion_in_policy_and_reference(
+    tmp_path: Path, alpha: float
+) -> None:
+    data = random_pairs(4, seed=3)
+    policy, reference = tiny_llama(seed=1), tiny_llama(seed=2)
+
+    def cut(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over the tokens up to the shorter length, and over all, each (B, 2)."""
+        from dpo_engine.data import TokenizedTree
+
+        short = [
+            TokenizedTree(
+                prompt_ids=tree.prompt_ids,
+                completions=tuple(ids[: min(map(len, tree.completions))] for ids in tree.completions),
+                origin=tree.origin,
+            )
+            for tree in data.trees
+        ]
+        with torch.no_grad():
+            return completion_logps(model, short).view(-1, 2), completion_logps(model, data.trees).view(-1, 2)
+
+    (pi_short, pi), (ref_short, ref) = cut(policy), cut(reference)
+    h = ((1 - alpha) * (pi_short - ref_short) + alpha * (pi - ref)) @ torch.tensor([1.0, -1.0])
+    expected = torch.nn.functional.softplus(-0.1 * h).mean().item()
+    args = config(tmp_path, max_steps=1, method="ld_dpo", ld_alpha=alpha)
+    trainer, _ = train(policy, data, args, ref_model=reference)
+    assert logged(trainer, "loss")[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ipo_trains_on_the_papers_loss(tmp_path: Path, reduction: str) -> None:
+    data = random_pairs(4, seed=3)
+    policy, reference = tiny_llama(seed=1), tiny_llama(seed=2)
+    with torch.no_grad():
+        ratios = (completion_logps(policy, data.trees) - completion_logps(reference, data.trees)).view(-1, 2)
+    if reduction == "mean":
+        ratios = ratios / torch.tensor([[len(ids) for ids in tree.completions] for tree in data.trees])
+    expected = ((ratios[:, 0] - ratios[:, 1] - 1 / (2 * 0.2)) ** 2).mean().item()
+    args = config(tmp_path, max_steps=1, method="ipo", beta=0.2, ipo_reduction=reduction)
+    trainer, _ = train(policy, data, args, ref_model=reference)
+    assert logged(trainer, "loss")[0] == pytest.approx(expected, rel=1e-5)

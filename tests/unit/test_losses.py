@@ -158,5 +158,78 @@ def test_each_method_brings_its_own_beta_and_refuses_what_it_does_not_use(tmp_pa
     assert DPOConfig(output_dir=str(tmp_path)).beta == 0.1
     assert DPOConfig(output_dir=str(tmp_path), method="bco").beta == 0.01
     assert DPOConfig(output_dir=str(tmp_path), method="bco", beta=0.3).beta == 0.3
-    with pytest.raises(ConfigError, match=r"label_smoothing=0\.1 is out of range; expected 0: the method bco"):
+    with pytest.raises(ConfigError, match=r"label_smoothing=0\.1 is out of range; expected 0\.0: the method bco"):
         DPOConfig(output_dir=str(tmp_path), method="bco", label_smoothing=0.1)
+    for name, value in (("ld_alpha", 0.2), ("ipo_reduction", "sum")):
+        with pytest.raises(ConfigError, match=f"{name}=.* the method dpo does not use it"):
+            DPOConfig(output_dir=str(tmp_path), **{name: value})
+
+
+def some_stats(seed: int = 0, **changes: torch.Tensor) -> PairStats:
+    pc, pr, rc, rr = four(seed)
+    lengths = torch.arange(6, dtype=torch.float64)
+    settings = {
+        "chosen_logps": pc,
+        "rejected_logps": pr,
+        "reference_chosen_logps": rc,
+        "reference_rejected_logps": rr,
+        "chosen_lengths": lengths + 3,
+        "rejected_lengths": 9 - lengths,
+    }
+    return PairStats(**(settings | changes))
+
+
+def test_ipo_is_the_papers_formula_of_sums() -> None:
+    stats = some_stats()
+    h = (stats.chosen_logps - stats.reference_chosen_logps) - (stats.rejected_logps - stats.reference_rejected_logps)
+    found = LOSSES["ipo"](stats, SimpleNamespace(beta=0.2, ipo_reduction="sum"))
+    torch.testing.assert_close(found, (h - 2.5) ** 2)
+
+
+def test_ipo_compares_means_over_tokens_unless_told_otherwise() -> None:
+    stats = some_stats()
+    a = (stats.chosen_logps - stats.reference_chosen_logps) / stats.chosen_lengths
+    b = (stats.rejected_logps - stats.reference_rejected_logps) / stats.rejected_lengths
+    for config in (SimpleNamespace(beta=0.2), SimpleNamespace(beta=0.2, ipo_reduction="mean")):
+        torch.testing.assert_close(LOSSES["ipo"](stats, config), (a - b - 2.5) ** 2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ipo_starts_at_a_quarter_of_tau_squared_and_rests_at_half_its_inverse(reduction: str) -> None:
+    config = SimpleNamespace(beta=0.3, ipo_reduction=reduction)
+    start = some_stats()
+    start = some_stats(reference_chosen_logps=start.chosen_logps, reference_rejected_logps=start.rejected_logps)
+    found = LOSSES["ipo"](start, config)
+    torch.testing.assert_close(found, torch.full_like(found, 1 / (4 * 0.3**2)))
+    assert LOSSES["ipo"].start(config) == pytest.approx(1 / (4 * 0.3**2))
+    zero = torch.zeros(6, dtype=torch.float64)
+    h = torch.full((6,), 1 / (2 * 0.3), dtype=torch.float64, requires_grad=True)
+    at_rest = some_stats(
+        chosen_logps=h,
+        rejected_logps=zero,
+        reference_chosen_logps=zero,
+        reference_rejected_logps=zero,
+        chosen_lengths=zero + 1,
+    )
+    loss = LOSSES["ipo"](at_rest, config)
+    loss.sum().backward()
+    assert h.grad is not None and h.grad.abs().max() < 1e-12 and loss.abs().max() < 1e-12
+
+
+def test_ipo_of_sums_ignores_a_constant_added_to_both_completions() -> None:
+    config, stats = SimpleNamespace(beta=0.2, ipo_reduction="sum"), some_stats()
+    moved = some_stats(chosen_logps=stats.chosen_logps + 7, rejected_logps=stats.rejected_logps + 7)
+    torch.testing.assert_close(LOSSES["ipo"](moved, config), LOSSES["ipo"](stats, config))
+
+
+def test_length_desensitised_weights_are_one_up_to_the_shorter_length_and_alpha_beyond() -> None:
+    places = torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    shorter = torch.tensor([2, 2, 2, 2, 2, 2, 2])
+    weights = LOSSES["ld_dpo"].token_weights(places, shorter, SimpleNamespace(ld_alpha=0.25))  # type: ignore[misc]
+    assert weights.tolist() == [1, 1, 0.25, 0.25, 0.25, 1, 1]
+
+
+def test_ld_dpo_of_weighted_sums_is_dpo() -> None:
+    stats = some_stats()
+    config = SimpleNamespace(beta=0.1, label_smoothing=0.0)
+    torch.testing.assert_close(LOSSES["ld_dpo"](stats, config), LOSSES["dpo"](stats, config))

@@ -1,0 +1,94 @@
+"""How do rows that arrive one by one, perhaps for ever, become trees? As files do, a few rows at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import IterableDataset
+
+from dpo_engine.data.formats import SAMPLE_ROWS
+from dpo_engine.data.pairs import (
+    Loading,
+    PairSource,
+    ReadingOptions,
+    check_usable,
+    format_of,
+    preference_rows,
+    readable_rows,
+)
+from dpo_engine.data.reading import rows_in_memory
+from dpo_engine.data.records import DataReport, TokenizedTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS_AT_ONCE = 32
+_ROWS_TO_JUDGE = 1000
+"""After so many rows, and at the end, a stream with too many unusable rows is refused."""
+
+
+class PairStream(IterableDataset):
+    """Tokenised trees of a stream of rows, as they arrive; each iteration reads the stream anew.
+
+    The shape of the rows is that of the first hundred. A row that cannot be parsed stops the stream, or is counted where
+    `skip_bad_rows` says so; unusable rows are counted in `report`, and too many of them are refused.
+
+    Args:
+        rows: an iterable of dicts, such as a `datasets.IterableDataset`.
+        tokenizer: a transformers tokenizer.
+        source: what to call the rows in messages.
+        max_length, truncation, skip_bad_rows, chat_template, method: as for `load_pairs`.
+
+    Raises:
+        ConfigError: an option is out of range.
+        DataError: while iterating: as `load_pairs`.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        source: str,
+        max_length: int | None,
+        truncation: str = "keep_start",
+        skip_bad_rows: bool = False,
+        chat_template: str | bool = "auto",
+        method: str = "dpo",
+    ) -> None:
+        self.options = ReadingOptions(
+            max_length=max_length,
+            truncation=truncation,
+            skip_bad_rows=skip_bad_rows,
+            limit=None,
+            chat_template=chat_template,
+        )
+        self.options.check(tokenizer)
+        self.rows, self.tokenizer, self.source, self.method = rows, tokenizer, source, method
+        self.report = DataReport(source=source, format="")
+        """The account of the iteration that is under way."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hand an epoch's number on, so that a stream that shuffles does so anew."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[TokenizedTree]:
+        self.report = report = DataReport(source=self.source, format="")
+        skips = self.options.skip_bad_rows
+        parsed = readable_rows(rows_in_memory(self.rows, self.source), report, skips)
+        sample = list(itertools.islice(parsed, SAMPLE_ROWS))
+        data_format = format_of(sample, report, self.method)
+        pairs = preference_rows(itertools.chain(sample, parsed), data_format, report, skips)
+        judged = 0
+        while some := list(itertools.islice(pairs, _ROWS_AT_ONCE)):
+            source = PairSource(rows=some, report=DataReport(source=self.source, format=""), format=data_format)
+            data = Loading(source, self.tokenizer, self.options).run()
+            report.add(data.report)
+            yield from data.trees
+            if report.rows_read - judged >= _ROWS_TO_JUDGE:
+                check_usable(report)
+                judged = report.rows_read
+        check_usable(report)

@@ -1,0 +1,333 @@
+"""Where do a run's reference log-probs come from? Columns of the data, the reference cache, or the reference, asked in bulk.
+
+known = reference.known(data, "train_dataset")       the whole data set, before the first step
+trees = reference.of(trees)                          trees as they arrive, of a stream or of a run shorter than its data
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dpo_engine.batch import TokenTree, Tree
+from dpo_engine.errors import CacheError, DataError
+from dpo_engine.losses import Method
+from dpo_engine.model.adapters import is_peft_model
+from dpo_engine.reference.cache import ReferenceCache, no_bar
+from dpo_engine.reference.filling import Filled, Pack, Score, fill
+from dpo_engine.reference.guard import GUARDED_ROWS, Mismatch, check_rows, check_sums, refuse, some_rows
+from dpo_engine.reference.space import ReferenceSpace, reference_space
+from dpo_engine.reference.store import ReferenceStore
+from dpo_engine.reference.values import ReferenceValues, with_reference
+
+logger = logging.getLogger(__name__)
+
+CACHE_WORDS = ("auto", "on", "off")
+
+
+def cache_for(wanted: ReferenceCache | str | Path, *, is_lora: bool) -> ReferenceCache | None:
+    """The cache that a setting means: `auto` is the default folder for LoRA and none otherwise."""
+    if isinstance(wanted, ReferenceCache):
+        return wanted
+    if wanted == "off" or (wanted == "auto" and not is_lora):
+        return None
+    return ReferenceCache(None if wanted in ("auto", "on") else wanted)
+
+
+class RunReference:
+    """The reference log-probs of one run.
+
+    Args:
+        method: whether a reference is needed at all, and whether its log-probs are needed by token.
+        reference: the model that is asked: a second one, or the policy, whose adapters are switched off.
+        is_policy: whether it is the policy.
+        cache: where log-probs are kept; None: in memory only.
+        is_default: whether nobody asked for this very cache, so that a folder that cannot be used is announced and done without.
+        in_bulk: whether the reference is asked before the first step although there is no cache.
+        score, pack: compute trees with the reference, forest by forest.
+        dtype: asked for what the reference computes in.
+        made: asked for what is noted beside values that are kept.
+        say: gets a line for each data set.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: Method,
+        reference: nn.Module,
+        is_policy: bool,
+        cache: ReferenceCache | None,
+        is_default: bool,
+        in_bulk: bool,
+        accelerator: Accelerator,
+        score: Score,
+        pack: Pack,
+        dtype: Callable[[], torch.dtype],
+        made: Callable[[], dict[str, str]],
+        quiet: bool,
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
+        self.method = method
+        self.reference = reference
+        self.is_policy = is_policy
+        self.cache = cache if method.needs_reference else None
+        self.is_default = is_default
+        self.in_bulk = method.needs_reference and (in_bulk or cache is not None)
+        self.accelerator = accelerator
+        self.score, self.pack = score, pack
+        self.dtype, self.made = dtype, made
+        self.quiet = quiet
+        self.say = say
+        self.filled = Filled()
+        """What was reused and computed so far, all data sets together."""
+        self.space: ReferenceSpace | None = None
+        self._store: ReferenceStore | None = None
+        self._guarded = False
+        self._sample: Tensor | None = None
+
+    # ---- a whole data set ----
+
+    def is_known(self, data: Any) -> bool:
+        """Whether nothing of a data set is left to ask."""
+        if isinstance(data, ReferenceValues):
+            return not data.missing
+        return isinstance(data, list) and all(map(_is_known, data))
+
+    def known(self, data: Sequence[TokenTree], name: str, guard: int = GUARDED_ROWS) -> Sequence[TokenTree]:
+        """The data set, with reference log-probs wherever they are wanted beforehand.
+
+        Args:
+            name: what to call the data set.
+            guard: how many reused rows are computed again and compared.
+
+        Raises:
+            CacheError: the folder cannot be used, a log-prob is not finite, or known rows are not what the reference says.
+        """
+        if not self.method.needs_reference or self.is_known(data):
+            return data
+        if any(getattr(tree, "reference_logps", None) is not None for tree in data):
+            return self._with_sums(data, name, guard)
+        if not self.in_bulk:
+            return data
+        values = ReferenceValues(data)
+        self._fill(values, name, guard)
+        return values
+
+    def _fill(self, values: ReferenceValues, name: str, guard: int, only: Sequence[int] | None = None) -> None:
+        filled = fill(values, self.open(), self.score, self.pack, bar=self._bar(name), ranks=self._ranks(), only=only)
+        self.filled += filled
+        self.say(self.line(filled, name))
+        self._guard(values, some_rows(filled.found, guard))
+
+    def _guard(self, values: ReferenceValues, rows: Sequence[int]) -> None:
+        """Compute rows again, and stop on every rank if what is known of them is something else."""
+        found = self.mismatches(values, rows) if rows and self.accelerator.is_main_process else []
+        refuse(self._of_first_rank(found), self._place(), self._causes())
+
+    def mismatches(
+        self, values: ReferenceValues, rows: Sequence[int], progress: Callable[[int], object] | None = None
+    ) -> list[Mismatch]:
+        """The completions of these rows that are not what the reference says now."""
+        return check_rows(values, rows, self.score, self.pack, dtype=self.dtype(), progress=progress)
+
+    def _with_sums(self, data: Sequence[TokenTree], name: str, guard: int) -> list[Tree]:
+        """Trees of which each has sums: those that the data brings, and those of the reference where it brings none."""
+        given = [index for index, tree in enumerate(data) if getattr(tree, "reference_logps", None) is not None]
+        if self.method.token_weights is not None:
+            raise DataError(
+                f"{name} brings reference_chosen_logps and reference_rejected_logps, sums over tokens, but the method weighs "
+                "tokens one by one and so needs each of them; remove these columns, and the reference will be asked"
+            )
+        found: list[Mismatch] = []
+        if self.accelerator.is_main_process:
+            some = [data[index] for index in some_rows(given, guard)]
+            sums = [tree.reference_logps for tree in some]  # type: ignore[attr-defined]
+            found = check_sums(some, sums, self.score, self.pack, dtype=self.dtype())
+        refuse(
+            self._of_first_rank(found),
+            f"what {name} brings as reference_chosen_logps and reference_rejected_logps",
+            [
+                "They must be sums over the scored tokens of the rows as they are tokenised, templated and cut here, of this "
+                "reference: compute them anew, or remove the columns."
+            ],
+        )
+        values = ReferenceValues(data)
+        others = sorted(set(range(len(data))) - set(given))
+        if others:
+            self._fill(values, name, guard, only=others)
+        self.filled += Filled(rows=len(given), reused=len(given), entries=2 * len(given))
+        trees = []
+        for index, tree in enumerate(data):
+            own = getattr(tree, "reference_logps", None)
+            sums = own if own is not None else [logps.double().sum().item() for logps in values.logps(index)]
+            trees.append(with_reference(tree, None, sums))
+        return trees
+
+    # ---- trees as they arrive ----
+
+    def of(self, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
+        """These trees with their reference log-probs, from the cache or computed and kept now."""
+        if self.cache is None or not self.method.needs_reference:
+            return trees
+        missing = [index for index, tree in enumerate(trees) if not _is_known(tree)]
+        if not missing:
+            return trees
+        values = ReferenceValues([trees[index] for index in missing])
+        filled = fill(values, self.open(), self.score, self.pack, bar=no_bar)
+        self.filled += filled
+        if filled.found and not self._guarded:
+            self._guarded = True
+            self._guard(values, some_rows(filled.found, GUARDED_ROWS))
+        known = dict(zip(missing, values, strict=True))
+        return [known.get(index, tree) for index, tree in enumerate(trees)]
+
+    # ---- a reference that moves ----
+
+    def watch(self) -> None:
+        """Remember what a second model's weights are now, where its log-probs are not asked for again."""
+        self._sample = None if self.is_policy or not self.in_bulk else _sample(self.reference)
+
+    def check_still(self) -> None:
+        """Refuse to go on with log-probs of what the reference was.
+
+        Raises:
+            CacheError: a second model's weights are not what they were at `watch`.
+        """
+        if self._sample is not None and not torch.equal(self._sample, _sample(self.reference)):
+            raise CacheError(
+                "the reference changed while training, and its log-probs were asked for before: a reference that moves cannot be "
+                "known beforehand; set reference_cache: off and precompute_ref_log_probs: false, or leave it as it is"
+            )
+
+    # ---- what is said ----
+
+    def line(self, filled: Filled, name: str) -> str:
+        """What was reused and computed, for people."""
+        if self.cache is None or self.space is None:
+            return f"reference, {name}: {filled.computed} rows computed in {filled.seconds:.1f} s, kept in memory"
+        rate = f" ({filled.computed / filled.seconds:.1f} rows/s)" if filled.computed and filled.seconds else ""
+        return (
+            f"reference, {name}: {filled.reused} of {filled.rows} rows ({filled.entries} entries) from {self._place()}, "
+            f"{filled.computed} computed in {filled.seconds:.1f} s{rate}"
+        )
+
+    def _place(self) -> str:
+        if self.cache is None or self.space is None:
+            return "what is in memory"
+        return f"the cache {self.cache.folder}/{self.space.address[:8]}"
+
+    def _causes(self) -> list[str]:
+        causes = [
+            "Likely cause: the model in memory is not the one that its config and weights describe (rope frequencies or a layer "
+            "changed after loading, or a library that patches layers)"
+        ]
+        here = self.made()
+        others = [made for made in (self._store.makers() if self._store else []) if made and made != here]
+        if others:
+            names = sorted({name for made in others for name in made if made[name] != here.get(name)})
+            then = "; ".join(", ".join(f"{name} {made[name]}" for name in names if name in made) for made in others[:3])
+            now = ", ".join(f"{name} {here[name]}" for name in names if name in here)
+            causes.append(f"or that they were computed elsewhere: {then}; here it is {now}")
+        space = self.space.address[:8] if self.space else ""
+        return [
+            ", ".join(causes) + ".",
+            "`dpo-engine cache verify --all` with the same options checks every row; "
+            f"`dpo-engine cache prune --space {space}` forgets these, and reference_cache: off does without.",
+        ]
+
+    # ---- the store ----
+
+    def open(self) -> ReferenceStore | None:
+        """The store of this reference, whose weights are read for it; None without a cache."""
+        if self.cache is None or self._store is not None:
+            return self._store
+        self.space = self._shared_space()
+        store = self.cache.store(self.space, self.made())
+        try:
+            if self.accelerator.is_main_process:
+                store.describe(self.space)
+                store.touch()
+        except CacheError as error:
+            if not self.is_default or self.accelerator.num_processes > 1:
+                raise
+            logger.warning("reference log-probs are kept in memory only: %s", error)
+            self.cache = None
+            return None
+        self._store = store
+        return store
+
+    def _shared_space(self) -> ReferenceSpace:
+        """The first rank reads the weights, for all."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            found = [
+                reference_space(
+                    self.reference.get_base_model() if is_peft_model(self.reference) else self.reference,  # type: ignore[operator]
+                    mixed_precision=self.accelerator.mixed_precision,
+                    with_adapters=not self.is_policy,
+                ).parts
+            ]
+        if self.accelerator.num_processes > 1:
+            found = broadcast_object_list(found)
+        return ReferenceSpace(found[0])
+
+    def _of_first_rank(self, found: list[Mismatch]) -> list[Mismatch]:
+        """What the first rank found, on every rank, so that none waits for one that stopped."""
+        if self.accelerator.num_processes == 1:
+            return found
+        return broadcast_object_list([found])[0]
+
+    def _ranks(self) -> _Ranks | None:
+        return _Ranks(self.accelerator) if self.accelerator.num_processes > 1 else None
+
+    def _bar(self, name: str) -> Callable[[int], Any]:
+        quiet = self.quiet or not self.accelerator.is_main_process
+        return lambda total: tqdm(total=total, desc=f"reference, {name}", unit="row", disable=quiet)
+
+
+class _Ranks:
+    """The processes of a distributed run, through accelerate."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+
+    def union(self, missing: list[int]) -> list[int]:
+        return sorted({index for of_rank in gather_object([missing]) for index in of_rank})
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+
+def made_by(device: torch.device, backend: str, layout: str) -> dict[str, str]:
+    """What is noted beside values: how they came to be, for whoever asks why others differ."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "torch": str(torch.__version__),
+        "transformers": importlib.metadata.version("transformers"),
+        "device": name,
+        "backend": backend,
+        "layout": layout,
+    }
+
+
+def _sample(model: nn.Module) -> Tensor:
+    """A few numbers of every parameter."""
+    some = []
+    for parameter in model.parameters():
+        flat = parameter.detach().reshape(-1)
+        some.append(flat[:: max(1, flat.numel() // 16)][:16].float())
+    return torch.cat(some)
+
+
+def _is_known(tree: TokenTree) -> bool:
+    return any(getattr(tree, name, None) is not None for name in ("reference_token_logps", "reference_logps"))
