@@ -121,6 +121,7 @@ def _with_engine(
             per_device_train_batch_size=settings.step,
             gradient_checkpointing=row.checkpointing,
             precompute_ref_log_probs=row.precompute,
+            reference_cache="off",
             max_tokens_per_forest=settings.forest_tokens,
         ),
         train_dataset=pair_data(pairs),

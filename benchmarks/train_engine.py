@@ -69,6 +69,7 @@ def config(spec: dict[str, Any]) -> DPOConfig:
     return DPOConfig(
         output_dir=spec["output_dir"],
         precompute_ref_log_probs=True,
+        reference_cache="off",  # nothing of an earlier run is to be found: both sides compute it
         share_prompt=SHARE_PROMPT[spec["layout"]],
         max_length=spec["max_length"],
         beta=spec["beta"],

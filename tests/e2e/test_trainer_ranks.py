@@ -62,3 +62,11 @@ def test_replicas_add_up_their_gradients_once_a_step_in_as_many_backwards(two_ra
         assert first == second and len(first) == trainer_ranks.STEPS
         assert max(map(len, first)) > 1
         assert all(step[-1] and not any(step[:-1]) for step in first)
+
+
+def test_ranks_divide_what_the_reference_is_asked_and_read_each_others_part(two_ranks: dict[str, list[Run]]) -> None:
+    rows = trainer_ranks.PAIRS + trainer_ranks.HELD_OUT
+    for case in ("lora", "bco", "fully sharded lora"):
+        (reused, computed), (other_reused, other_computed) = (run.reference for run in two_ranks[case])
+        assert computed + other_computed == rows and min(computed, other_computed) > 0
+        assert reused + computed == other_reused + other_computed == rows

@@ -27,12 +27,12 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAU
 
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
-    "full": {"lora": False},
+    "full": {"lora": False, "reference_cache": "off"},
     "shuffled, evaluated first": {"lora": True, "train_sampling_strategy": "random", "seed": 3},
     "bco": {"lora": True, "method": "bco", "beta": 0.5},
     "known reference": {"lora": True, "precompute_ref_log_probs": True, "reference_cache": "off"},
     "reference in every step": {"lora": True, "reference_cache": "off"},
-    "fully sharded": {"lora": False},
+    "fully sharded": {"lora": False, "reference_cache": "off"},
     "fully sharded bco": {"lora": False, "method": "bco", "beta": 0.5},
     "fully sharded lora": {"lora": True},
 }
@@ -50,6 +50,8 @@ class Run:
     """Whether every gradient was a part of a whole one."""
     forests: list[int]
     """Forests with trees of each step, on this rank."""
+    reference: tuple[int, int]
+    """Rows whose reference log-probs this process reused, and computed."""
     reduced: list[list[bool]]
     """For each step, whether each of its backwards added up gradients over replicas."""
 
@@ -73,7 +75,7 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         save_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **({"train_sampling_strategy": "sequential"} | settings),
+        **({"train_sampling_strategy": "sequential", "reference_cache": str(folder / "reference")} | settings),
     )
     seen = _Recorder()
     trainer = DPOTrainer(
@@ -115,6 +117,7 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         held_out=held_out,
         sharded=seen.sharded,
         forests=forests,
+        reference=(trainer.references.filled.reused, trainer.references.filled.computed),
         reduced=reduced,
     )
 

@@ -14,6 +14,7 @@ PUBLIC = [
     "DPOConfig",
     "DPOTrainer",
     "PreferenceForest",
+    "ReferenceCache",
     "Tree",
     "build_forest",
     "dpo_loss",
