@@ -74,9 +74,9 @@ def parse(config_class: type[Config], arguments: Sequence[str]) -> Config:
 def help_text(config_class: type, own: Iterable[type]) -> str:
     """Every option with its default, those of `own` classes first."""
     lines = [
-        "usage: dpo-engine train [CONFIG.yaml] [--key value ...]",
+        "usage: dpo-engine train [CONFIG.yaml] [--key value ...] [--json]",
         "",
-        "Keys of the YAML file and flags are the same; flags win.",
+        "Keys of the YAML file and flags are the same; flags win. With --json the last line of stdout is one JSON object.",
     ]
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     ours = [name for cls in own for name in inspect.get_annotations(cls) if name in fields]
@@ -88,7 +88,9 @@ def help_text(config_class: type, own: Iterable[type]) -> str:
         for name in names:
             field = fields[name]
             default = "" if field.default in (dataclasses.MISSING, None) else f" [{field.default}]"
-            text = " ".join(str(field.metadata.get("help", "")).split())
+            text = " ".join(str(field.metadata.get("help", "")).split()).replace(
+                "%%", "%"
+            )  # argparse's way to write it
             lines.append(f"  --{name}{default}" + (f"\n        {text}" if text else ""))
     return "\n".join(lines)
 

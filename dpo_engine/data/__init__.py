@@ -12,7 +12,8 @@
     token_view.py   the characters of each token
     records.py      the plain types that pass between them
 
-Nothing here needs a model, and transformers, datasets and pyarrow are imported only where a source needs them.
+Nothing here needs a model, and transformers, datasets and pyarrow are imported only where a source needs them (`streaming`,
+which is torch's kind of data set, needs torch).
 """
 
 from __future__ import annotations
@@ -21,14 +22,12 @@ from dpo_engine.data.formats import DataFormat, detect_format
 from dpo_engine.data.pairs import PairSource, check_source, load_pairs, load_row, tokenize_pairs
 from dpo_engine.data.reading import read_rows
 from dpo_engine.data.records import DataReport, PairData, PreferenceRow, TokenizedTree
-from dpo_engine.data.streaming import PairStream
 
 __all__ = [
     "DataFormat",
     "DataReport",
     "PairData",
     "PairSource",
-    "PairStream",
     "PreferenceRow",
     "TokenizedTree",
     "check_source",

@@ -300,7 +300,7 @@ def readable_rows(rows: Iterator[SourceRow], report: DataReport, skip_bad_rows: 
 
 def skip_or_stop(report: DataReport, origin: str, fault: str, skip_bad_rows: bool, reason: str = UNPARSED) -> None:
     if not skip_bad_rows:
-        raise DataError(f"{origin}: {fault} (mend the row, or leave such rows out with --skip-bad-rows)")
+        raise DataError(f"{origin}: {fault} (mend the row, or leave such rows out with --skip_bad_rows)")
     report.leave_out(reason, origin)
 
 

@@ -81,7 +81,8 @@ def _under_adapters(module: nn.Module) -> nn.Module:
 
 
 def _here(name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_meta or type(tensor).__name__ == "DTensor":
+    is_partition = type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_id")  # FSDP2's, DeepSpeed's
+    if tensor.is_meta or is_partition:
         where = "offloaded" if tensor.is_meta else "sharded over ranks"
         raise CacheError(
             f"the reference's weights cannot be read to address its log-probs: {name} is {where}; set reference_cache: off"

@@ -27,7 +27,8 @@ from dpo_engine.batch import (
     pack_trees,
     packed_cost,
 )
-from dpo_engine.data import PairData, PairStream, tokenize_pairs
+from dpo_engine.data import PairData, tokenize_pairs
+from dpo_engine.data.streaming import PairStream
 from dpo_engine.errors import ConfigError, DataError, TrainingError
 from dpo_engine.losses import PairStats, get_method
 from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, refuse_prompt_learning
@@ -570,7 +571,10 @@ def _knows_reference(rows: Any) -> bool:
 
 def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> Any:
     """Trees, from whatever a user passes as a data set."""
-    if dataset is None or isinstance(dataset, PairData | ReferenceValues | PairStream) or _has_trees(dataset):
+    if dataset is None:
+        return None
+    if isinstance(dataset, PairStream):
+        _check_stream(dataset, args, name)
         return dataset
     if isinstance(dataset, dict):
         raise ConfigError(f"DPOTrainer: {name} is a dict of {', '.join(map(str, dataset))}; expected one data set")
@@ -578,6 +582,8 @@ def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DP
         _check_stream(dataset, args, name)
     elif not len(dataset):
         raise ConfigError(f"DPOTrainer: {name} is empty; expected at least one pair, or None")
+    if isinstance(dataset, PairData | ReferenceValues) or _has_trees(dataset):
+        return dataset
     if tokenizer is None:
         raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
     if is_stream:

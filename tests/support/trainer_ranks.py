@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -125,10 +126,10 @@ def train(folder: Path, case: str, ranks: int) -> Run:
 def _shard(trainer: DPOTrainer) -> None:
     """Send the trainer down accelerate's FSDP2 path, which accelerate itself takes with accelerators only."""
     from accelerate import FullyShardedDataParallelPlugin
-    from accelerate.utils import DistributedType
 
     state = trainer.accelerator.state
     state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate does itself
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
     )
@@ -178,6 +179,8 @@ def _rank(rank: int, folder: str, cases: list[str], port: int) -> None:
     }
     for case in cases:
         AcceleratorState._reset_state()  # a case may have changed it
+        if PartialState._shared_state:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
         found = train(Path(folder) / case, case, RANKS)
         torch.save(found, f"{folder}/{case}-{rank}.pt")
     torch.distributed.destroy_process_group()

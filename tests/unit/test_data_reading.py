@@ -119,7 +119,7 @@ def test_a_bad_line_stops_with_file_line_and_reason_or_is_skipped_and_counted(
     with pytest.raises(DataError) as caught:
         check_source(path)
     message = str(caught.value)
-    assert message.startswith("pairs.jsonl:3: ") and reason in message and "--skip-bad-rows" in message
+    assert message.startswith("pairs.jsonl:3: ") and reason in message and "--skip_bad_rows" in message
     assert "\n" not in message and caught.value.exit_code == 2
 
     source = check_source(path, skip_bad_rows=True)

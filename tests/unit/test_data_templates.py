@@ -217,7 +217,7 @@ def test_an_empty_plain_prompt_without_a_bos_token_is_named_or_skipped() -> None
     tokenizer.bos_token = None
     rows = [*[TEXT] * 3, TEXT | {"prompt": ""}]
     with pytest.raises(
-        DataError, match=r"^row 4: the prompt is empty, and the tokenizer has no BOS token .*--skip-bad-rows"
+        DataError, match=r"^row 4: the prompt is empty, and the tokenizer has no BOS token .*--skip_bad_rows"
     ):
         tokenize_pairs(rows, tokenizer, max_length=None)
     data = tokenize_pairs(rows, tokenizer, max_length=None, skip_bad_rows=True)
