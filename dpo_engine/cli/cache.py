@@ -96,7 +96,8 @@ def _info(config: CacheConfig, cache: ReferenceCache, say: Say) -> dict[str, Any
         _say_nearest(cache, references, filled, say)
         return _counts(filled) | {"space": _address(references)}
     spaces = cache.look()
-    say(f"{cache.folder}: {len(spaces)} spaces")
+    missing = "" if cache.folder.exists() else " (there is no such folder)"
+    say(f"{cache.folder}: {len(spaces)} space{'s' if len(spaces) != 1 else ''}{missing}")
     for space in spaces:
         say(_space_line(space))
     return _counts(Filled(entries=sum(s.entries for s in spaces), bad=sum(s.bad for s in spaces))) | _spaces(spaces)
@@ -118,11 +119,16 @@ def _verify(config: CacheConfig, cache: ReferenceCache, say: Say, *, every: bool
         rows = found.found if every else some_rows(found.found, GUARDED_ROWS)
         with tqdm(total=len(rows), desc=f"verify, {name}", unit="row", disable=config.disable_tqdm) as bar:
             wrong = references.mismatches(values, rows, bar.update) if rows else []
+        brought = [tree for tree in data if tree.reference_logps is not None]
+        if brought:
+            wrong += references.sum_mismatches(brought if every else brought[:GUARDED_ROWS])
         mismatches += wrong
         filled += found
-        filled.computed += len(rows)
+        checked = len(rows) + (len(brought) if every else min(GUARDED_ROWS, len(brought)))
+        filled.computed += checked
+        sums = f", and {len(brought)} bring sums" if brought else ""
         say(
-            f"{name}: {found.reused} of {found.rows} rows are in the cache; {len(rows)} were computed again, "
+            f"{name}: {found.reused} of {found.rows} rows are in the cache{sums}; {checked} were computed again, "
             f"{len({mismatch.origin for mismatch in wrong})} of them are something else now"
         )
     for mismatch in mismatches[:_SHOWN]:
@@ -173,7 +179,7 @@ def _data_sets(prepared: PreparedRun) -> list[tuple[Any, str]]:
 
 def _looked_up(references: RunReference, data: Any) -> tuple[ReferenceValues, Filled]:
     """What the cache has of a data set; nothing is computed."""
-    store = references.open()
+    store = references.open(to_write=False)
     values = ReferenceValues(data)
     bad = store.bad if store else 0
     missing = set(look_up(values, store, range(len(values))))

@@ -146,6 +146,9 @@ def _reference_logps(row: Mapping[str, Any]) -> tuple[float, float] | None:
     values = [row.get(column) for column in REFERENCE_COLUMNS]
     if values == [None, None]:
         return None
+    for column, other in (REFERENCE_COLUMNS, REFERENCE_COLUMNS[::-1]):
+        if column not in row:
+            raise BadRow(f"column {other!r} is there without {column!r}; expected both, or none")
     for column, value in zip(REFERENCE_COLUMNS, values, strict=True):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None or not is_number or not math.isfinite(value) or value > 0:

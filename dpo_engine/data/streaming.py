@@ -20,6 +20,7 @@ from dpo_engine.data.pairs import (
 )
 from dpo_engine.data.reading import rows_in_memory
 from dpo_engine.data.records import DataReport, TokenizedTree
+from dpo_engine.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,9 @@ _ROWS_TO_JUDGE = 1000
 
 
 class PairStream(IterableDataset):
-    """Tokenised trees of a stream of rows, as they arrive; each iteration reads the stream anew.
+    """Tokenised trees of a stream of rows, as they arrive, without an end: after the last row comes the first again.
+
+    So a trainer's steps alone say when to stop, and where a run that goes on has to begin.
 
     The shape of the rows is that of the first hundred. A row that cannot be parsed stops the stream, or is counted where
     `skip_bad_rows` says so; unusable rows are counted in `report`, and too many of them are refused.
@@ -68,18 +71,31 @@ class PairStream(IterableDataset):
         self.options.check(tokenizer)
         self.rows, self.tokenizer, self.source, self.method = rows, tokenizer, source, method
         self.report = DataReport(source=source, format="")
-        """The account of the iteration that is under way."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Hand an epoch's number on, so that a stream that shuffles does so anew."""
-        if hasattr(self.rows, "set_epoch"):
-            self.rows.set_epoch(epoch)
+        """The account of the pass that is under way."""
+        self._was_read = False
 
     def __iter__(self) -> Iterator[TokenizedTree]:
+        for number in itertools.count():
+            if number and hasattr(self.rows, "set_epoch"):
+                self.rows.set_epoch(number)  # so that a stream that shuffles does so anew
+            yield from self._once()
+            if number == 0:
+                rows = self.report.rows_used
+            elif not self.report.rows_read:
+                raise DataError(
+                    f"{self.source} ended after {rows} usable rows and cannot be read again; set max_steps to what they suffice "
+                    "for, or pass rows that can be iterated more than once"
+                )
+
+    def _once(self) -> Iterator[TokenizedTree]:
+        """One pass."""
         self.report = report = DataReport(source=self.source, format="")
         skips = self.options.skip_bad_rows
         parsed = readable_rows(rows_in_memory(self.rows, self.source), report, skips)
         sample = list(itertools.islice(parsed, SAMPLE_ROWS))
+        if self._was_read and not report.rows_read:
+            return
+        self._was_read = True
         data_format = format_of(sample, report, self.method)
         pairs = preference_rows(itertools.chain(sample, parsed), data_format, report, skips)
         judged = 0

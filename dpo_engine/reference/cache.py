@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dpo_engine.batch import ForestCollator, pack_trees
@@ -24,6 +25,7 @@ from dpo_engine.model.layout import Layout
 from dpo_engine.model.scoring import forest_token_logps
 from dpo_engine.ops.choice import cache_folder
 from dpo_engine.reference.filling import Score, fill
+from dpo_engine.reference.guard import GUARDED_ROWS, check_rows, refuse, some_rows
 from dpo_engine.reference.space import ReferenceSpace, reference_space
 from dpo_engine.reference.store import ABOUT, ReferenceStore, damaged_files, space_note
 from dpo_engine.reference.values import ReferenceValues, scored_tokens
@@ -83,7 +85,7 @@ class ReferenceCache:
         *,
         layout: Layout | str = "shared",
         max_tokens: int = 4096,
-        mixed_precision: str = "no",
+        guard: int = GUARDED_ROWS,
     ) -> list[list[Tensor]]:
         """Reference log-probs of trees: read where they are known, computed and kept where not.
 
@@ -92,19 +94,23 @@ class ReferenceCache:
                 lies under its adapters. It is asked in eval mode, without gradient.
             layout: what `prepare_model` returned for it.
             max_tokens: of a forest.
-            mixed_precision: what autocast computes in around this call: "no", "bf16" or "fp16".
+            guard: how many trees that were found are computed again and compared.
 
         Returns:
             For each tree one (scored tokens,) float32 a completion, on the CPU.
 
         Raises:
-            CacheError: the folder cannot be used, or a log-prob is not finite.
+            CacheError: the folder cannot be used, a log-prob is not finite, or what was found is not what the model says.
             ModelError: the model is not prepared, or it trains something that is no adapter.
         """
         values = ReferenceValues([as_tree(tree) for tree in trees])
         peft: Any = model if is_peft_model(model) else None
+        device = next(model.parameters()).device
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         space = reference_space(
-            peft.get_base_model() if peft else model, mixed_precision=mixed_precision, with_adapters=peft is None
+            peft.get_base_model() if peft else model,
+            mixed_precision={None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(autocast, str(autocast)),
+            with_adapters=peft is None,
         )
         store = self.store(space)
 
@@ -114,9 +120,13 @@ class ReferenceCache:
         def pack(some: Sequence[Any]) -> list[list[Any]]:
             return pack_trees(some, max_tokens, name, longest)
 
-        fill(values, store, scorer_of(model, laid_out), pack, bar=no_bar)
+        score = scorer_of(model, laid_out)
         store.describe(space)
+        filled = fill(values, store, score, pack, bar=no_bar)
         store.close()
+        dtype = autocast or next(p.dtype for p in model.parameters() if p.is_floating_point())
+        found = check_rows(values, some_rows(filled.found, guard), score, pack, dtype=dtype)
+        refuse(found, f"the cache {self.folder}", ["The model is not what its weights, buffers and config say."])
         return [values.logps(index) for index in range(len(values))]
 
     # ---- the folder as a whole ----
@@ -162,7 +172,7 @@ class ReferenceCache:
                 target = self._open(address)
                 target.copy_from(source)
                 note = other.folder / address / ABOUT
-                if note.exists() and not (target.folder / ABOUT).exists():
+                if note.exists() and target.folder.exists() and not (target.folder / ABOUT).exists():
                     shutil.copyfile(note, target.folder / ABOUT)
                 source.close()
                 target.close()

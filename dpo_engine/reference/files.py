@@ -42,7 +42,7 @@ class Damaged(Exception):
 
 def entry_files(folder: Path) -> list[Path]:
     """The files of all writers of a space, oldest name first; none where there is no such folder."""
-    return sorted(folder.glob(f"*{SUFFIX}"))
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if path.is_file())
 
 
 class EntryFile:
@@ -53,6 +53,7 @@ class EntryFile:
         space: the address of the space it belongs to, which its checksums cover.
 
     Raises:
+        FileNotFoundError: it is gone: set aside or merged by another process.
         Damaged: it is no such file.
         CacheError: it cannot be opened.
     """
@@ -63,10 +64,16 @@ class EntryFile:
         self.process = os.getpid()
         try:
             self._connection = sqlite3.connect(
-                f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=_WAIT_S, isolation_level=None
+                f"{path.resolve().as_uri()}?mode=rw",
+                uri=True,
+                timeout=_WAIT_S,
+                isolation_level=None,
+                check_same_thread=False,  # a trainer may be handed to another thread; SQLite itself takes turns
             )
             self.inode = path.stat().st_ino
         except (sqlite3.Error, OSError) as error:
+            if not path.exists():
+                raise FileNotFoundError(path) from error
             raise CacheError(f"{path} cannot be opened ({error}); mend its permissions, or remove it") from error
         try:
             self._run("PRAGMA synchronous=FULL")
@@ -232,6 +239,8 @@ class EntryFile:
             if _is_outside(error):
                 raise CacheError(f"{self.path} cannot be read ({error}); try again, or remove it") from error
             raise Damaged(str(error)) from error
+        except sqlite3.ProgrammingError as error:  # a connection that was closed: says nothing of the file
+            raise CacheError(f"{self.path} cannot be read ({error}); try again") from error
         except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
             raise Damaged(str(error)) from error
 

@@ -62,7 +62,9 @@ class Filled:
     reused: int = 0
     """Rows whose values were in the cache, or were put there meanwhile by others."""
     computed: int = 0
-    """Rows that this process computed."""
+    """Rows that this run computed: on all of its ranks."""
+    here: int = 0
+    """Of these, rows that this process computed."""
     entries: int = 0
     """Completions of all rows."""
     bad: int = 0
@@ -110,13 +112,14 @@ def fill(
     filled.found = [index for index in asked if index not in absent]
     if ranks is not None and store is not None:
         together = ranks.union(missing)
+        filled.computed = len(missing)
         if together:
             mine = [
                 forest
                 for number, forest in enumerate(_forests(values, together, pack))
                 if number % ranks.world == ranks.rank
             ]
-            filled.computed += _compute(values, store, score, mine, bar)
+            filled.here += _compute(values, store, score, mine, bar)
             ranks.wait()
         missing = look_up(values, store, missing)  # what others computed; all of it, where the folder is shared
     if missing:
@@ -124,7 +127,8 @@ def fill(
         if store is not None and ranks is None:
             start = random.SystemRandom().randrange(len(forests))  # another process may be at it too
             forests = forests[start:] + forests[:start]
-        filled.computed += _compute(values, store, score, forests, bar)
+        filled.here += _compute(values, store, score, forests, bar)
+    filled.computed = max(filled.computed, filled.here)
     filled.reused = filled.rows - filled.computed
     filled.bad = store.bad - bad if store else 0
     filled.seconds = time.perf_counter() - begin

@@ -22,8 +22,6 @@ from dpo_engine.reference.filling import Pack, Score
 from dpo_engine.reference.values import ReferenceValues
 
 GUARDED_ROWS = 4
-UNIT = {torch.float32: 1e-5, torch.float64: 1e-5}
-UNIT_16_BITS = 4e-3
 _FACTOR = 8.0
 _SHOWN = 5
 
@@ -41,11 +39,14 @@ class Mismatch:
     """The largest difference of a token, in nats; of the sums, where only those are known."""
     allowed: float
     """What the tolerance is there."""
+    by_token: bool = True
+    """Whether tokens were compared, or sums only."""
 
     def __str__(self) -> str:
         what = ("chosen", "rejected")[self.completion] if self.completion < 2 else f"completion {self.completion + 1}"
-        off = f"off by {self.worst:.2g}, allowed {self.allowed:.2g}"
-        return f"{self.origin} {what}: {self.known:.4f} known, {self.now:.4f} now ({off})"
+        of = "worst token" if self.by_token else "they are"
+        off = f"{of} off by {self.worst:.2g}, allowed {self.allowed:.2g}"
+        return f"{self.origin} {what}: sum {self.known:.4f} known, {self.now:.4f} now ({off})"
 
 
 def check_rows(
@@ -68,10 +69,12 @@ def check_rows(
     Returns:
         The completions beyond the tolerance, in order.
     """
+    if not indices:
+        return []
     trees = [values.trees[index] for index in indices]
     rows = {id(tree): index for tree, index in zip(trees, indices, strict=True)}
     spread = _spread(trees[: 2 * GUARDED_ROWS], score, pack)
-    unit = UNIT.get(dtype, UNIT_16_BITS)
+    unit = unit_of(dtype)
     found: list[Mismatch] = []
     for forest in pack(trees):
         for tree, logps in zip(forest, score(forest), strict=True):
@@ -86,7 +89,7 @@ def check_sums(
 ) -> list[Mismatch]:
     """The same for sums that a user brings: their tolerance is that of all tokens together."""
     spread = _spread(trees, score, pack)
-    unit = UNIT.get(dtype, UNIT_16_BITS)
+    unit = unit_of(dtype)
     known = {id(tree): given for tree, given in zip(trees, sums, strict=True)}
     found = []
     for forest in pack(trees):
@@ -96,8 +99,13 @@ def check_sums(
                 allowed = _FACTOR * torch.clamp(unit * now.abs().clamp(min=1), min=spread).double().sum().item()
                 if not abs(given - total) <= allowed:
                     off = abs(given - total)
-                    found.append(Mismatch(_origin(tree), number, given, total, off, allowed))
+                    found.append(Mismatch(_origin(tree), number, given, total, off, allowed, by_token=False))
     return found
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    """What a log-prob of size 1 may differ by between devices and versions, in nats, where the reference computes in `dtype`."""
+    return 1e-5 if dtype in (torch.float32, torch.float64) else 4e-3
 
 
 def some_rows(indices: Sequence[int], count: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Which model, computed how, do log-probs belong to? A space: everything but the tokens that decides the numbers.
 
-    address = blake2b(weights, config as loaded, adapters if the reference has some, head transform, compute dtype, operator)
+    address = blake2b(weights, buffers, config as loaded, adapters if the reference has some, head transform, compute dtype,
+                      operator)
 
 Learning rate, beta, loss, seed, LoRA rank, output folder, batch size, order, packing, backend and device are not in it: they
 change nothing, or the last bits, for which the guard (`guard.py`) allows.
@@ -20,7 +21,7 @@ from torch import nn
 
 from dpo_engine.model.head import read_head_transform
 from dpo_engine.ops.backends import OPERATOR_VERSION
-from dpo_engine.reference.weights import reference_tensors, weights_digest
+from dpo_engine.reference.weights import buffers_digest, saved_tensors, weights_digest
 
 SCHEMA = 1
 
@@ -98,11 +99,12 @@ def reference_space(model: nn.Module, *, mixed_precision: str = "no", with_adapt
             "schema": SCHEMA,
             "model": type(model).__name__,
             "weights": weights_digest(model, with_adapters=with_adapters),
+            "buffers": buffers_digest(model, with_adapters=with_adapters),
             "config": _plain(config.to_dict()),
             "adapters": (_adapters(model) or None) if with_adapters else None,
             "head": dataclasses.asdict(transform),
             "compute": {
-                "dtypes": sorted({_name_of(tensor.dtype) for _, tensor in reference_tensors(model, with_adapters)}),
+                "dtypes": sorted({_name_of(tensor.dtype) for _, tensor in saved_tensors(model, with_adapters)}),
                 "autocast": mixed_precision,
                 "float32_products": torch.get_float32_matmul_precision(),
             },
@@ -112,9 +114,24 @@ def reference_space(model: nn.Module, *, mixed_precision: str = "no", with_adapt
 
 
 def _adapters(model: nn.Module) -> list[Any]:
-    """What the adapters that are on do, beside their weights."""
+    """What adapters do, beside their weights: how they are configured, and which are on and how strongly, layer by layer."""
     configs = getattr(model, "peft_config", {})
-    return [_plain(configs[name].to_dict()) for name in sorted(configs)]
+    if not configs:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    states = [
+        [
+            name,
+            list(layer.active_adapters),
+            bool(layer.disable_adapters),
+            bool(layer.merged),
+            _plain(getattr(layer, "scaling", None)),
+        ]
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    return [{name: _plain(configs[name].to_dict()) for name in sorted(configs)}, states]
 
 
 def _plain(value: Any) -> Any:

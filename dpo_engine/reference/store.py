@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 ABOUT = "space.json"
 _COPIED_AT_ONCE = 1000
+_STALE_S = 3600.0  # a new file that has no name by then never gets one
 
 
 class ReferenceStore:
@@ -44,9 +46,15 @@ class ReferenceStore:
         self._readers: dict[Path, EntryFile] = {}
         self._writer: EntryFile | None = None
         self._left_out: set[Path] = set()
+        self._about: ReferenceSpace | None = None
 
     def describe(self, space: ReferenceSpace) -> None:
-        """Write down, for people, what this space is; once."""
+        """Write down, for people, what this space is; once.
+
+        Raises:
+            CacheError: the folder cannot be written.
+        """
+        self._about = space
         path = self.folder / ABOUT
         if path.exists():
             return
@@ -77,7 +85,11 @@ class ReferenceStore:
                 found |= self._reader(path).get(wanted)
             except FileNotFoundError:
                 continue  # set aside or merged by another process
-            except Damaged as error:
+            except (Damaged, CacheError) as error:
+                if not path.exists():  # so it was, while this read it
+                    continue
+                if isinstance(error, CacheError):
+                    raise
                 found |= self._set_aside(path, error, wanted)
         return found
 
@@ -90,8 +102,13 @@ class ReferenceStore:
         entries = list(entries)
         while entries:
             file = self._own_file()
-            file.put(entries)
-            if file.is_in_place():  # else it was merged away, or set aside, while this waited for its lock
+            try:
+                file.put(entries)
+            except CacheError:
+                if file.is_in_place():
+                    raise
+                continue
+            if file.is_in_place():  # else it was merged away, set aside or pruned meanwhile, and another file will do
                 return
 
     def touch(self) -> None:
@@ -151,9 +168,15 @@ class ReferenceStore:
         Returns:
             `(files before, entries)`.
         """
-        paths = self._files()
-        if not paths:
+        from filelock import FileLock
+
+        if not self._files():
             return 0, 0
+        with FileLock(self.folder / ".merge.lock"):  # of two, the second would take away what the first writes to
+            return self._merge()
+
+    def _merge(self) -> tuple[int, int]:
+        paths = self._files()
         merged = EntryFile.create(self.folder, self.space, self.made)
         known: set[bytes] = set()
         for path in paths:
@@ -238,50 +261,66 @@ class ReferenceStore:
                 return writer
             writer.close()
         self._writer = EntryFile.create(self.folder, self.space, self.made)
+        if self._about is not None:  # the folder may have been pruned
+            self.describe(self._about)
         return self._writer
 
     def _set_aside(self, path: Path, why: Damaged, wanted: Sequence[bytes]) -> dict[bytes, bytes]:
-        """Take a damaged file out of the union, and keep what is sound in it; those of `wanted` among that."""
-        kept, lost, found = 0, 0, {}
-        asked = set(wanted)
-        batch: list[tuple[bytes, bytes]] = []
+        """Take a damaged file out of the union, then keep what is sound in it; those of `wanted` among that.
+
+        In this order, so that its owner, if there is one, commits nothing to it that would not be kept.
+        """
+        if self._writer is not None and self._writer.path == path:
+            self._writer.close()
+            self._writer = None
+        aside = path.with_name(path.name + DAMAGED)
+        where = f"set aside as {aside.name}"
         try:
-            for address, values in self._reader(path).entries():
-                if values is None:
-                    lost += 1
-                    continue
-                kept += 1
-                batch.append((address, values))
-                if address in asked:
-                    found[address] = values
-                if len(batch) >= _COPIED_AT_ONCE:
-                    self.put(batch)
-                    batch = []
-        except Damaged:
-            lost = max(lost, 1)
+            file = self._reader(path)
         except FileNotFoundError:
             return {}  # another process was first
-        if batch:
-            self.put(batch)
-        file = self._readers.pop(path, None)
-        if file is not None:
-            file.close()
-        self.bad += max(lost, 1)
-        aside = path.with_name(path.name + DAMAGED)
+        except Damaged:
+            file = None  # nothing of it can be read
         try:
             os.replace(path, aside)
-            path.with_name(path.name + "-journal").unlink(missing_ok=True)
-            where = f"set aside as {aside.name}"
         except FileNotFoundError:
-            where = "set aside by another process"
+            return {}
         except OSError as error:
             self._left_out.add(path)
             where = f"left out ({error.strerror})"
+        kept, lost, found = self._salvage(file, set(wanted))
+        if file is not None:
+            file.close()
+        self._readers.pop(path, None)
+        path.with_name(path.name + "-journal").unlink(missing_ok=True)
+        self.bad += max(lost, 1)
         logger.warning(
             "reference cache: %s is damaged (%s) and was %s; %d entries of it are sound and kept, the others will be computed "
             "again", path, why, where, kept,
         )  # fmt: skip
         return found
+
+    def _salvage(self, file: EntryFile | None, wanted: set[bytes]) -> tuple[int, int, dict[bytes, bytes]]:
+        """`(kept, lost, found)`: entries copied to this process's file, entries that are not sound, those of `wanted`."""
+        kept, lost = 0, 0
+        found: dict[bytes, bytes] = {}
+        batch: list[tuple[bytes, bytes]] = []
+        try:
+            for address, values in file.entries() if file is not None else ():
+                if values is None:
+                    lost += 1
+                    continue
+                kept += 1
+                batch.append((address, values))
+                if address in wanted:
+                    found[address] = values
+                if len(batch) >= _COPIED_AT_ONCE:
+                    self.put(batch)
+                    batch = []
+        except Damaged:
+            lost += 1
+        self.put(batch)
+        return kept, lost, found
 
 
 def space_note(folder: Path) -> dict[str, Any]:
@@ -295,4 +334,13 @@ def space_note(folder: Path) -> dict[str, Any]:
 
 def damaged_files(folder: Path) -> list[Path]:
     """Files that were set aside, and what an interrupted start left of new ones."""
-    return sorted([*folder.glob(f"*{SUFFIX}{DAMAGED}"), *folder.glob(f".*{SUFFIX}.partial*")])
+    begun = [path for path in folder.glob(f".*{SUFFIX}.partial*") if _age_s(path) > _STALE_S]
+    return sorted([*folder.glob(f"*{SUFFIX}{DAMAGED}"), *begun])
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since a file was written; 0 for one that is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_engine.batch import TokenTree, Tree
+from dpo_engine.errors import DataError
 
 
 class ReferenceValues(Sequence[Tree]):
@@ -77,8 +78,18 @@ class ReferenceValues(Sequence[Tree]):
         return True
 
     def set_logps(self, index: int, logps: Sequence[Tensor]) -> None:
-        """Fill in tree `index`: one (scored tokens,) for each completion."""
-        for known, given in zip(self.logps(index), logps, strict=True):
+        """Fill in tree `index`: one (scored tokens,) for each completion.
+
+        Raises:
+            DataError: not as many numbers as there are scored tokens.
+        """
+        parts = self.logps(index)
+        if [known.shape for known in parts] != [given.shape for given in logps]:
+            raise DataError(
+                f"{getattr(self.trees[index], 'origin', None) or f'row {index + 1}'}: reference log-probs of shapes "
+                f"{[tuple(given.shape) for given in logps]}; expected {[tuple(known.shape) for known in parts]}, one a scored token"
+            )
+        for known, given in zip(parts, logps, strict=True):
             known.copy_(given)
         self._known[index] = True
 

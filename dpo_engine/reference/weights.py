@@ -21,7 +21,7 @@ from dpo_engine.errors import CacheError
 
 
 def weights_digest(model: nn.Module, *, with_adapters: bool = False) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and persistent buffers, as hex.
+    """SHA-256 over names, dtypes, shapes and bytes of all that a state dict holds, as hex.
 
     Args:
         model: the causal language model; PEFT may have put adapters into it.
@@ -29,18 +29,30 @@ def weights_digest(model: nn.Module, *, with_adapters: bool = False) -> str:
             of the model before PEFT wrapped it.
 
     Raises:
-        CacheError: a tensor is not here (offloaded, or sharded over ranks).
+        CacheError: a tensor is not here (offloaded, or sharded over ranks), or adapters are merged into the weights under them.
     """
-    tensors = list(reference_tensors(model, with_adapters))
+    return _digest(dict(saved_tensors(model, with_adapters)))
+
+
+def buffers_digest(model: nn.Module, *, with_adapters: bool = False) -> str:
+    """The same over buffers that are not saved, such as rope frequencies and position tables.
+
+    A rope that changes its own with the rows it sees (dynamic NTK) is left out: its config alone says what it is.
+    """
+    saved = dict(saved_tensors(model, with_adapters))
+    return _digest({name: buffer for name, buffer in _buffers(model, with_adapters) if name not in saved})
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
     seen: dict[tuple[int, tuple[int, ...], torch.dtype], int] = {}
     firsts: list[Tensor] = []
-    for _, tensor in tensors:  # tied weights are read once
+    for tensor in tensors.values():  # tied weights are read once
         if seen.setdefault(_identity(tensor), len(firsts)) == len(firsts):
             firsts.append(tensor)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
         digests = list(pool.map(_tensor_digest, firsts))
     whole = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name, tensor in sorted(tensors.items()):
         whole.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         whole.update(digests[seen[_identity(tensor)]])
     return whole.hexdigest()
@@ -50,21 +62,35 @@ def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
     return tensor.data_ptr() if tensor.numel() else id(tensor), tuple(tensor.shape), tensor.dtype
 
 
-def reference_tensors(module: nn.Module, with_adapters: bool, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def saved_tensors(model: nn.Module, with_adapters: bool) -> Iterator[tuple[str, Tensor]]:
     """What `state_dict` would save, by name, what quantisation keeps beside its weights included."""
+    for prefix, module in _modules(model, "", with_adapters):
+        own: dict[str, Any] = {}
+        module._save_to_state_dict(own, prefix, keep_vars=True)
+        for name, value in own.items():
+            if isinstance(value, Tensor):
+                yield name, _here(name, value)
+
+
+def _buffers(model: nn.Module, with_adapters: bool) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in _modules(model, "", with_adapters):
+        if "dynamic" not in str(getattr(module, "rope_type", "")):
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    yield prefix + name, _here(prefix + name, buffer)
+
+
+def _modules(module: nn.Module, prefix: str, with_adapters: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its name and a dot; without adapters, those under them, named as if there were none."""
     if not with_adapters:
-        module = _under_adapters(module)
-    own: dict[str, Any] = {}
-    module._save_to_state_dict(own, prefix, keep_vars=True)
-    for name, value in own.items():
-        if isinstance(value, Tensor):
-            yield name, _here(name, value)
+        module = _under_adapters(module, prefix)
+    yield prefix, module
     for name, child in module._modules.items():
         if child is not None:
-            yield from reference_tensors(child, with_adapters, f"{prefix}{name}.")
+            yield from _modules(child, f"{prefix}{name}.", with_adapters)
 
 
-def _under_adapters(module: nn.Module) -> nn.Module:
+def _under_adapters(module: nn.Module, prefix: str) -> nn.Module:
     """The layer that PEFT wrapped, or the module itself."""
     if "peft" not in sys.modules:
         return module
@@ -73,6 +99,11 @@ def _under_adapters(module: nn.Module) -> nn.Module:
 
     while True:
         if isinstance(module, BaseTunerLayer):
+            if module.merged:
+                raise CacheError(
+                    f"adapters are merged into the weights under them ({prefix.removesuffix('.')}), which are therefore not the "
+                    "reference's; call unmerge_adapter() first, or set reference_cache: off"
+                )
             module = module.base_layer
         elif isinstance(module, AuxiliaryTrainingWrapper):
             module = module.original_module

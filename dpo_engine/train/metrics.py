@@ -9,23 +9,33 @@ from torch import Tensor
 
 from dpo_engine.losses import PairStats
 
+_TIE = 2.0**-19  # of the four sums' sizes: two packings of one pair differ by about 2**-21 of them in float32
+
 
 def pair_metrics(stats: PairStats, losses: Tensor, beta: float) -> dict[str, Tensor]:
     """Sums over the B pairs of every logged quantity, without gradient.
 
-    `rewards/chosen = beta * (logps - reference_logps)`. `rewards/accuracies` counts a pair whose two rewards are equal
-    as half: before the first step every pair is such a tie.
+    `rewards/chosen = beta * (logps - reference_logps)`. `rewards/accuracies` counts a pair whose two rewards are equal, to
+    float32's rounding of the sums that they are differences of, as half: before the first step every pair is such a tie,
+    also where policy and reference were computed in other batches.
     """
     with torch.no_grad():
         metrics = {"loss": losses, "logps/chosen": stats.chosen_logps, "logps/rejected": stats.rejected_logps}
         if stats.reference_chosen_logps is not None and stats.reference_rejected_logps is not None:
             chosen = beta * (stats.chosen_logps - stats.reference_chosen_logps)
             rejected = beta * (stats.rejected_logps - stats.reference_rejected_logps)
+            four = (
+                stats.chosen_logps,
+                stats.rejected_logps,
+                stats.reference_chosen_logps,
+                stats.reference_rejected_logps,
+            )
+            tie = _TIE * beta * torch.stack([sums.abs() for sums in four]).sum(0)
             metrics |= {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
                 "rewards/margins": chosen - rejected,
-                "rewards/accuracies": 0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
+                "rewards/accuracies": 0.5 * ((chosen - rejected > tie).float() + (chosen - rejected >= -tie).float()),
             }
         return {name: values.detach().sum() for name, values in metrics.items()}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dpo_engine.batch import TokenTree, Tree
-from dpo_engine.errors import CacheError, DataError
+from dpo_engine.errors import CacheError, ConfigError, DataError
 from dpo_engine.losses import Method
 from dpo_engine.model.adapters import is_peft_model
 from dpo_engine.reference.cache import ReferenceCache, no_bar
@@ -38,6 +38,10 @@ def cache_for(wanted: ReferenceCache | str | Path, *, is_lora: bool) -> Referenc
     """The cache that a setting means: `auto` is the default folder for LoRA and none otherwise."""
     if isinstance(wanted, ReferenceCache):
         return wanted
+    if not isinstance(wanted, str | Path):
+        raise ConfigError(
+            f"reference_cache is a {type(wanted).__name__}; expected a folder, a ReferenceCache, on, off or auto"
+        )
     if wanted == "off" or (wanted == "auto" and not is_lora):
         return None
     return ReferenceCache(None if wanted in ("auto", "on") else wanted)
@@ -91,42 +95,56 @@ class RunReference:
         """What was reused and computed so far, all data sets together."""
         self.space: ReferenceSpace | None = None
         self._store: ReferenceStore | None = None
-        self._guarded = False
+        self._guarded = self._sums_guarded = False  # of rows that arrive
         self._sample: Tensor | None = None
 
     # ---- a whole data set ----
 
     def is_known(self, data: Any) -> bool:
-        """Whether nothing of a data set is left to ask."""
-        if isinstance(data, ReferenceValues):
-            return not data.missing
-        return isinstance(data, list) and all(map(_is_known, data))
+        """Whether nothing of a data set is left to ask, or to check."""
+        return isinstance(data, _Sums) or (isinstance(data, ReferenceValues) and not data.missing)
+
+    def as_it_came(self, data: Any) -> Any:
+        """The data set without what was found out about it."""
+        return data.trees if isinstance(data, _Sums | ReferenceValues) else data
 
     def known(self, data: Sequence[TokenTree], name: str, guard: int = GUARDED_ROWS) -> Sequence[TokenTree]:
-        """The data set, with reference log-probs wherever they are wanted beforehand.
+        """The data set, with reference log-probs wherever they are wanted beforehand, or brought by the data.
 
         Args:
             name: what to call the data set.
-            guard: how many reused rows are computed again and compared.
+            guard: how many rows that were known before are computed again and compared.
 
         Raises:
             CacheError: the folder cannot be used, a log-prob is not finite, or known rows are not what the reference says.
+            DataError: the data brings log-probs that the method cannot use.
         """
         if not self.method.needs_reference or self.is_known(data):
             return data
-        if any(getattr(tree, "reference_logps", None) is not None for tree in data):
+        if any(map(_has_sums, data)):
             return self._with_sums(data, name, guard)
-        if not self.in_bulk:
+        brought = [index for index, tree in enumerate(data) if _is_known(tree)]
+        if not self.in_bulk and not brought:
             return data
         values = ReferenceValues(data)
-        self._fill(values, name, guard)
+        for index in brought:
+            values.set_logps(index, data[index].reference_token_logps)  # type: ignore[attr-defined]
+        self._fill(values, name, guard, brought=brought)
         return values
 
-    def _fill(self, values: ReferenceValues, name: str, guard: int, only: Sequence[int] | None = None) -> None:
+    def _fill(
+        self,
+        values: ReferenceValues,
+        name: str,
+        guard: int,
+        only: Sequence[int] | None = None,
+        brought: Sequence[int] = (),
+    ) -> None:
         filled = fill(values, self.open(), self.score, self.pack, bar=self._bar(name), ranks=self._ranks(), only=only)
         self.filled += filled
-        self.say(self.line(filled, name))
-        self._guard(values, some_rows(filled.found, guard))
+        if self.accelerator.is_main_process:
+            self.say(self.line(filled, name))
+        self._guard(values, some_rows([*filled.found, *brought], guard))
 
     def _guard(self, values: ReferenceValues, rows: Sequence[int]) -> None:
         """Compute rows again, and stop on every rank if what is known of them is something else."""
@@ -139,19 +157,35 @@ class RunReference:
         """The completions of these rows that are not what the reference says now."""
         return check_rows(values, rows, self.score, self.pack, dtype=self.dtype(), progress=progress)
 
-    def _with_sums(self, data: Sequence[TokenTree], name: str, guard: int) -> list[Tree]:
-        """Trees of which each has sums: those that the data brings, and those of the reference where it brings none."""
-        given = [index for index, tree in enumerate(data) if getattr(tree, "reference_logps", None) is not None]
+    # ---- sums that the data brings ----
+
+    def sum_mismatches(self, trees: Sequence[TokenTree]) -> list[Mismatch]:
+        """The completions whose sums, brought by these trees, are not what the reference says now."""
+        sums = [tree.reference_logps for tree in trees]  # type: ignore[attr-defined]
+        return check_sums(trees, sums, self.score, self.pack, dtype=self.dtype())
+
+    def check_brought(self, data: Sequence[TokenTree], name: str, guard: int = GUARDED_ROWS) -> None:
+        """Stop where sums that a data set brings cannot be used, or are not the reference's.
+
+        Raises:
+            DataError: the method, or the data itself, weighs tokens one by one.
+            CacheError: the reference says something else now.
+        """
+        given = [tree for tree in data if _has_sums(tree)]
+        if not given or not self.method.needs_reference:
+            return
+        if any(getattr(tree, "token_weights", None) is not None for tree in data):
+            raise DataError(
+                f"{name} brings token_weights and sums of reference log-probs, and a sum does not say what it weighed; give "
+                "reference_token_logps, or leave the sums out and the reference will be asked"
+            )
         if self.method.token_weights is not None:
             raise DataError(
                 f"{name} brings reference_chosen_logps and reference_rejected_logps, sums over tokens, but the method weighs "
                 "tokens one by one and so needs each of them; remove these columns, and the reference will be asked"
             )
-        found: list[Mismatch] = []
-        if self.accelerator.is_main_process:
-            some = [data[index] for index in some_rows(given, guard)]
-            sums = [tree.reference_logps for tree in some]  # type: ignore[attr-defined]
-            found = check_sums(some, sums, self.score, self.pack, dtype=self.dtype())
+        some = [given[index] for index in some_rows(range(len(given)), guard)]
+        found = self.sum_mismatches(some) if self.accelerator.is_main_process else []
         refuse(
             self._of_first_rank(found),
             f"what {name} brings as reference_chosen_logps and reference_rejected_logps",
@@ -160,47 +194,68 @@ class RunReference:
                 "reference: compute them anew, or remove the columns."
             ],
         )
+        self._sums_guarded = True
+
+    def _with_sums(self, data: Sequence[TokenTree], name: str, guard: int) -> Sequence[TokenTree]:
+        """Trees of which each has sums: those that the data brings, and those of the reference where it brings none."""
+        given = [index for index, tree in enumerate(data) if _has_sums(tree)]
+        self.check_brought(data, name, guard)
+        self.filled += Filled(rows=len(given), reused=len(given), entries=sum(len(data[i].completions) for i in given))
+        self.say(
+            f"reference, {name}: {len(given)} of {len(data)} rows bring sums, {min(guard, len(given))} of them checked"
+        )
         values = ReferenceValues(data)
         others = sorted(set(range(len(data))) - set(given))
         if others:
             self._fill(values, name, guard, only=others)
-        self.filled += Filled(rows=len(given), reused=len(given), entries=2 * len(given))
-        trees = []
-        for index, tree in enumerate(data):
-            own = getattr(tree, "reference_logps", None)
-            sums = own if own is not None else [logps.double().sum().item() for logps in values.logps(index)]
-            trees.append(with_reference(tree, None, sums))
-        return trees
+        return _Sums(
+            data, [tree if _has_sums(tree) else _as_sums(tree, values.logps(i)) for i, tree in enumerate(data)]
+        )
 
     # ---- trees as they arrive ----
 
     def of(self, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """These trees with their reference log-probs, from the cache or computed and kept now."""
-        if self.cache is None or not self.method.needs_reference:
+        """These trees with their reference log-probs: those that they bring, or of the cache, or computed and kept now."""
+        if not self.method.needs_reference:
             return trees
+        given = [tree for tree in trees if _has_sums(tree)]
+        if given and not self._sums_guarded:
+            self.check_brought(trees, "train_dataset")
         missing = [index for index, tree in enumerate(trees) if not _is_known(tree)]
-        if not missing:
+        if not missing or (self.cache is None and not given):
             return trees
+        self.check_still()
         values = ReferenceValues([trees[index] for index in missing])
         filled = fill(values, self.open(), self.score, self.pack, bar=no_bar)
         self.filled += filled
         if filled.found and not self._guarded:
             self._guarded = True
             self._guard(values, some_rows(filled.found, GUARDED_ROWS))
-        known = dict(zip(missing, values, strict=True))
+        known = {
+            index: _as_sums(tree, values.logps(place)) if given else tree
+            for place, (index, tree) in enumerate(zip(missing, values, strict=True))
+        }
         return [known.get(index, tree) for index, tree in enumerate(trees)]
 
     # ---- a reference that moves ----
 
-    def watch(self) -> None:
-        """Remember what a second model's weights are now, where its log-probs are not asked for again."""
-        self._sample = None if self.is_policy or not self.in_bulk else _sample(self.reference)
+    def is_another(self) -> bool:
+        """Whether a second model was changed since its log-probs were first asked for; then they are forgotten here."""
+        sample = None if self.is_policy or not self.in_bulk else _sample(self.reference)
+        changed = sample is not None and self._sample is not None and not torch.equal(sample, self._sample)
+        self._sample = sample
+        if changed:
+            if self._store is not None:
+                self._store.close()
+            self._store = self.space = None
+            self._guarded = self._sums_guarded = False
+        return changed
 
     def check_still(self) -> None:
-        """Refuse to go on with log-probs of what the reference was.
+        """Refuse to go on with log-probs of what the reference was, or to keep log-probs under an address that was its own.
 
         Raises:
-            CacheError: a second model's weights are not what they were at `watch`.
+            CacheError: a second model's weights are not what they were at the last `is_another`.
         """
         if self._sample is not None and not torch.equal(self._sample, _sample(self.reference)):
             raise CacheError(
@@ -215,9 +270,14 @@ class RunReference:
         if self.cache is None or self.space is None:
             return f"reference, {name}: {filled.computed} rows computed in {filled.seconds:.1f} s, kept in memory"
         rate = f" ({filled.computed / filled.seconds:.1f} rows/s)" if filled.computed and filled.seconds else ""
+        ranks = (
+            f" by {self.accelerator.num_processes} ranks"
+            if filled.computed and self.accelerator.num_processes > 1
+            else ""
+        )
         return (
             f"reference, {name}: {filled.reused} of {filled.rows} rows ({filled.entries} entries) from {self._place()}, "
-            f"{filled.computed} computed in {filled.seconds:.1f} s{rate}"
+            f"{filled.computed} computed{ranks} in {filled.seconds:.1f} s{rate}"
         )
 
     def _place(self) -> str:
@@ -227,8 +287,8 @@ class RunReference:
 
     def _causes(self) -> list[str]:
         causes = [
-            "Likely cause: the model in memory is not the one that its config and weights describe (rope frequencies or a layer "
-            "changed after loading, or a library that patches layers)"
+            "Likely cause: the model in memory is not the one that its config, weights and buffers describe (an attribute such as "
+            "rope's attention_scaling, a hook or a layer changed after loading, or a library that patches layers)"
         ]
         here = self.made()
         others = [made for made in (self._store.makers() if self._store else []) if made and made != here]
@@ -238,22 +298,27 @@ class RunReference:
             now = ", ".join(f"{name} {here[name]}" for name in names if name in here)
             causes.append(f"or that they were computed elsewhere: {then}; here it is {now}")
         space = self.space.address[:8] if self.space else ""
+        folder = f" --reference_cache {self.cache.folder}" if self.cache else ""
         return [
             ", ".join(causes) + ".",
-            "`dpo-engine cache verify --all` with the same options checks every row; "
-            f"`dpo-engine cache prune --space {space}` forgets these, and reference_cache: off does without.",
+            f"`dpo-engine cache verify --all{folder}` with the same options checks every row; "
+            f"`dpo-engine cache prune --space {space}{folder}` forgets these, and reference_cache: off does without.",
         ]
 
     # ---- the store ----
 
-    def open(self) -> ReferenceStore | None:
-        """The store of this reference, whose weights are read for it; None without a cache."""
+    def open(self, *, to_write: bool = True) -> ReferenceStore | None:
+        """The store of this reference, whose weights are read for it; None without a cache.
+
+        Args:
+            to_write: prove now that the folder can be written, and note what the space is.
+        """
         if self.cache is None or self._store is not None:
             return self._store
-        self.space = self._shared_space()
-        store = self.cache.store(self.space, self.made())
         try:
-            if self.accelerator.is_main_process:
+            self.space = self._shared_space()
+            store = self.cache.store(self.space, self.made())
+            if to_write and self.accelerator.is_main_process:
                 store.describe(self.space)
                 store.touch()
         except CacheError as error:
@@ -329,5 +394,22 @@ def _sample(model: nn.Module) -> Tensor:
     return torch.cat(some)
 
 
+class _Sums(list[TokenTree]):
+    """Trees of which each has sums, some of which were checked; and the trees as they came."""
+
+    def __init__(self, trees: Sequence[TokenTree], with_sums: Sequence[TokenTree]) -> None:
+        super().__init__(with_sums)
+        self.trees = trees
+
+
+def _has_sums(tree: TokenTree) -> bool:
+    return getattr(tree, "reference_logps", None) is not None
+
+
 def _is_known(tree: TokenTree) -> bool:
-    return any(getattr(tree, name, None) is not None for name in ("reference_token_logps", "reference_logps"))
+    return _has_sums(tree) or getattr(tree, "reference_token_logps", None) is not None
+
+
+def _as_sums(tree: TokenTree, logps: Sequence[Tensor]) -> Tree:
+    """The tree with the sums of its log-probs instead of them, since a forest has either."""
+    return with_reference(tree, None, [values.double().sum().item() for values in logps])

@@ -173,6 +173,8 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     trainer.add_callback(clock)
     if not config.disable_tqdm:
         trainer.add_callback(_Progress(say))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters with {config.method}")
     trainer.restore_run(config.resume)  # before anything is scored
     for line in trainer.lines():
         say(line)
@@ -292,8 +294,6 @@ def _load_policy(config: TrainConfig, model_path: str, say: Say) -> Any:
             target_modules=config.lora_target_modules or ALL_LINEAR,
             dropout=config.lora_dropout,
         )
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters with {config.method}")
     return model
 
 

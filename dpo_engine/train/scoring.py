@@ -76,11 +76,9 @@ class PairScorer:
     def pair_stats(self, model: nn.Module, forest: PreferenceForest) -> PairStats:
         """Sums per completion of both models, with the gradient of the policy's."""
         reference: tuple[Tensor | None, Tensor | None] = None, None
-        if self.method.needs_reference and forest.reference_logps is not None:
-            reference = _by_pair(forest.reference_logps, forest)
-        elif self.method.needs_reference:
-            known = forest.reference_token_logps
-            reference = self._sums(self.reference_token_logps(model, forest) if known is None else known, forest)
+        if self.method.needs_reference:
+            known = self.known_reference(forest)
+            reference = known or self._sums(self.reference_token_logps(model, forest), forest)
         chosen, rejected = self._sums(self.token_logps(model, forest), forest)
         lengths = torch.tensor(forest.lengths, dtype=torch.float32).to(chosen.device, non_blocking=True)
         chosen_lengths, rejected_lengths = _by_pair(lengths, forest)
@@ -94,6 +92,14 @@ class PairScorer:
             rejected_lengths=rejected_lengths,
             weights=torch.ones_like(chosen) if weights is None else torch.stack(_by_pair(weights, forest)).mean(0),
         )
+
+    def known_reference(self, forest: PreferenceForest) -> tuple[Tensor, Tensor] | None:
+        """`(chosen, rejected)`, each (trees,): the reference's sums that a forest brings; None if it brings none."""
+        if forest.reference_logps is not None:
+            return _by_pair(forest.reference_logps, forest)
+        if forest.reference_token_logps is not None:
+            return self._sums(forest.reference_token_logps, forest)
+        return None
 
     def policy_again(self, model: nn.Module, forest: PreferenceForest, like: PairStats) -> PairStats:
         """`like` with the policy's sums computed anew, with gradient."""

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, set_seed
 
 from dpo_engine.batch import (
     LAYOUTS,
@@ -37,6 +37,7 @@ from dpo_engine.model.layout import Layout, choose_layout
 from dpo_engine.model.probe import probe_head
 from dpo_engine.model.scoring import bind_scoring
 from dpo_engine.reference.cache import ReferenceCache, by_tree
+from dpo_engine.reference.guard import unit_of
 from dpo_engine.reference.values import ReferenceValues
 from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
 from dpo_engine.train.budget import Budget, bytes_per_token, forest_budget, free_bytes
@@ -111,6 +112,7 @@ class DPOTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(args.seed)  # transformers' Trainer does so too, but adapters are drawn before there is one
             model = get_peft_model(model, peft_config)
         refuse_prompt_learning(model)
         causal = causal_model(model)
@@ -124,6 +126,11 @@ class DPOTrainer(Trainer):
         train_data = _tokenized(train_dataset, processing_class, args, "train_dataset")
         eval_data = _tokenized(eval_dataset, processing_class, args, "eval_dataset")
         if isinstance(train_data, PairStream):
+            if args.dataloader_num_workers:
+                raise ConfigError(
+                    f"dataloader_num_workers={args.dataloader_num_workers}, and train_dataset is a stream, which each worker would "
+                    "read from its beginning; expected 0"
+                )
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # it would look for tensors in what a stream yields
         super().__init__(
             model=model,
@@ -280,7 +287,6 @@ class DPOTrainer(Trainer):
         """
         self.restore_run(resume_from_checkpoint)
         self.know_reference()
-        self.references.watch()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.references.check_still()
         return output
@@ -291,14 +297,24 @@ class DPOTrainer(Trainer):
         Rows that the cache has are read, the others computed in bulk, forward only, and kept. Of a run that is too short to
         see all rows, and of a stream, rows follow as they arrive (`get_batch_samples`).
         """
-        if self._reference_backend != self.backend.name and self.references.cache is None:
-            for name in ("train_dataset", "eval_dataset"):  # in memory they are of another backend: ask again
+        if self.is_in_train:
+            self.references.check_still()
+        elif self.references.is_another() or (
+            self._reference_backend != self.backend.name and not self.references.cache
+        ):
+            for name in (
+                "train_dataset",
+                "eval_dataset",
+            ):  # what is known is of another reference or backend: ask again
                 data = getattr(self, name)
-                setattr(self, name, data.trees if isinstance(data, ReferenceValues) else data)
+                setattr(self, name, self.references.as_it_came(data))
         self._reference_backend = self.backend.name
         for name in ("train_dataset", "eval_dataset"):
             data = getattr(self, name)
-            if data is not None and not (name == "train_dataset" and self._sees_few_rows()):
+            if name == "train_dataset" and self._sees_few_rows():
+                if not isinstance(data, PairStream):
+                    self.references.check_brought(data, name)
+            elif data is not None:
                 setattr(self, name, self.references.known(data, name))
 
     def _sees_few_rows(self) -> bool:
@@ -474,6 +490,8 @@ class DPOTrainer(Trainer):
         model.train()
         if not len(losses):  # this rank has idle forests only
             return
+        for forest, stats in zip(forests, anew, strict=True):
+            self._check_known(forest, stats)
         worst = losses[(losses - expected).abs().argmax()].item()
         if not abs(worst - expected) <= tolerance:
             raise TrainingError(
@@ -481,6 +499,25 @@ class DPOTrainer(Trainer):
                 f"{expected:.6f} (within {tolerance:g}), but a pair of the first batch has {worst:.6f}: policy and "
                 "reference are not computed alike (weights changed in memory, or a layer that is random in eval mode?)"
             )
+
+    def _check_known(self, forest: PreferenceForest, anew: PairStats) -> None:
+        """Refuse reference log-probs, of a data set or a cache, that are not those of the policy, which is the reference still."""
+        known = self.scorer.known_reference(forest)
+        if known is None:
+            return
+        unit = unit_of(self._head_dtype())
+        for name, used, now, lengths in (
+            ("chosen", known[0], anew.chosen_logps, anew.chosen_lengths),
+            ("rejected", known[1], anew.rejected_logps, anew.rejected_lengths),
+        ):
+            off = (used - now).abs() - 8 * unit * (now.abs() + lengths)
+            if len(off) and not bool((off <= 0).all()):
+                worst = int(off.nan_to_num(nan=torch.inf).argmax())
+                raise TrainingError(
+                    f"before the first step the policy is the reference, but a pair of the first batch has known reference "
+                    f"log-probs that sum to {used[worst].item():.4f} ({name}), and {now[worst].item():.4f} now; "
+                    "`dpo-engine cache verify --all` names the rows: compute them anew, or set reference_cache: off"
+                )
 
     # ---- evaluation and logs ----
 

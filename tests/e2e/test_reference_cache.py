@@ -22,8 +22,9 @@ pytest.importorskip("peft")
 from peft import get_peft_model
 
 from dpo_engine import DPOTrainer, ReferenceCache, prepare_model
+from dpo_engine.batch import Tree
 from dpo_engine.data import PairData, TokenizedTree
-from dpo_engine.errors import CacheError, ConfigError, DataError
+from dpo_engine.errors import CacheError, ConfigError, DataError, TrainingError
 from dpo_engine.reference.files import entry_files
 from support.cached_runs import PAIRS, forward_calls, known, logged, lora, make
 from support.naive_dpo import completion_logps
@@ -40,6 +41,12 @@ ROWS = [
     for b in ("cat", "dog", "man")
     if a != b
 ]
+
+
+def rope_halved(model: Any) -> Any:
+    """Frequencies changed in memory, which the config does not tell."""
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    return model
 
 
 def changed(filled: Any) -> tuple[int, int]:
@@ -116,8 +123,9 @@ def test_equal_rows_are_computed_once(tmp_path: Path) -> None:
         lambda: tiny_llama(rms_norm_eps=1e-3),
         lambda: tiny_llama().bfloat16(),
         lambda: tiny_llama(seed=1),
+        lambda: rope_halved(tiny_llama()),
     ],
-    ids=["rope_theta", "epsilon", "dtype", "weights"],
+    ids=["rope_theta", "epsilon", "dtype", "weights", "buffers"],
 )
 def test_another_model_or_config_or_dtype_finds_nothing(tmp_path: Path, model: Any) -> None:
     known(tmp_path)
@@ -235,8 +243,8 @@ def test_a_sweep_of_betas_asks_the_reference_once(tmp_path: Path) -> None:
 
 
 def altered_in_memory(model: Any) -> Any:
-    """Rope frequencies that neither config nor weights tell of."""
-    model.model.rotary_emb.inv_freq.mul_(0.5)
+    """A rope that neither config nor weights nor buffers tell of."""
+    model.model.rotary_emb.attention_scaling = 1.1
     return model
 
 
@@ -245,8 +253,8 @@ def test_a_model_that_is_not_what_it_says_is_stopped_by_rows_with_both_values(tm
     with pytest.raises(CacheError) as error:
         known(tmp_path, model=altered_in_memory(tiny_llama()))
     message = str(error.value)
-    assert "row " in message and " known, " in message and " now (off by " in message
-    assert "rope frequencies" in message and "cache verify --all" in message and "prune --space" in message
+    assert "row " in message and " known, " in message and " now (worst token off by " in message
+    assert "attention_scaling" in message and "cache verify --all" in message and "prune --space" in message
 
 
 def test_the_guard_lets_rounding_pass(tmp_path: Path) -> None:
@@ -361,10 +369,17 @@ def test_a_reference_that_moves_is_refused(tmp_path: Path) -> None:
             for parameter in run.references.reference.parameters():
                 parameter.data.mul_(0.9)
 
-    run = make(tmp_path, ref_model=tiny_llama(seed=5))
-    run.add_callback(Sync())
-    with pytest.raises(CacheError, match=r"the reference changed while training, .* reference_cache: off"):
-        run.train()
+    for changes in ({}, {"max_steps": 2, "logging_steps": 100}):
+        run = make(tmp_path, ref_model=tiny_llama(seed=5), **changes)
+        run.add_callback(Sync())
+        with pytest.raises(CacheError, match=r"the reference changed while training, .* reference_cache: off"):
+            run.train()
+    # Nothing that it said since lies under the address of what it was.
+    layout = prepare_model(fresh := tiny_llama(seed=5).requires_grad_(False))
+    data = random_pairs(PAIRS).trees
+    cached = ReferenceCache(tmp_path / "cache").token_logps(fresh, data, layout=layout)
+    sums = torch.tensor([[logps.sum().item() for logps in tree] for tree in cached])
+    torch.testing.assert_close(sums, completion_logps(fresh, data).view(-1, 2))
 
 
 # ---- interruptions, streams, folders ----
@@ -418,15 +433,8 @@ def test_a_stream_is_scored_as_it_arrives_and_found_again(tmp_path: Path) -> Non
     tokenizer = small_tokenizer(chat_template=CHATML)
 
     def run(data: Any, **more: Any) -> Any:
-        trainer = make(
-            tmp_path,
-            model=tiny_llama(vocab_size=1100),
-            data=data,
-            processing_class=tokenizer,
-            max_steps=2,
-            max_tokens_per_forest=400,
-            **more,
-        )
+        settings = {"processing_class": tokenizer, "max_steps": 2, "max_tokens_per_forest": 400}
+        trainer = make(tmp_path, model=tiny_llama(vocab_size=1100), data=data, **(settings | more))
         trainer.train()
         return trainer
 
@@ -438,6 +446,94 @@ def test_a_stream_is_scored_as_it_arrives_and_found_again(tmp_path: Path) -> Non
     assert changed(first.references.filled) == (0, 8) and changed(again.references.filled) == (8, 0)
     assert logged(first) == logged(again)
     assert logged(first) == pytest.approx(logged(whole), rel=1e-6)
+    # Its second pass comes after the first, also for a run that goes on in the middle of it.
+    out = {"output_dir": str(tmp_path / "passes"), "save_strategy": "steps", "save_steps": 3, "max_steps": 5}
+    passes = run(stream(), **out)
+    resumed = make(
+        tmp_path,
+        model=tiny_llama(vocab_size=1100),
+        data=stream(),
+        processing_class=tokenizer,
+        max_tokens_per_forest=400,
+        **out,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "passes" / "checkpoint-3"))
+    assert logged(resumed) == logged(passes)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), passes.model.parameters(), strict=True))
+
+
+def test_a_stream_that_cannot_be_read_again_stops_the_run_that_needs_it(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer(chat_template=CHATML)
+    settings = {"processing_class": tokenizer, "max_tokens_per_forest": 400, "max_steps": 4}
+    run = make(tmp_path, model=tiny_llama(vocab_size=1100), data=_OnceOnly(), **settings)
+    with pytest.raises(
+        DataError, match="train_dataset ended after 9 usable rows and cannot be read again; set max_steps"
+    ):
+        run.train()
+
+
+class _OnceOnly:
+    """Rows that a second reader does not get."""
+
+    def __init__(self) -> None:
+        self._rows = iter(ROWS)
+
+    def __iter__(self) -> Any:
+        return self._rows
+
+
+def test_sums_are_checked_also_where_rows_come_step_by_step(tmp_path: Path) -> None:
+    data = random_pairs(PAIRS)
+    sums = completion_logps(tiny_llama(), data.trees).detach().view(-1, 2)
+    right, wrong = (with_sums(data, sums - off, range(6)) for off in (0.0, 1.0))
+    run = make(tmp_path, data=right, max_steps=2)  # forests with and without sums of their own
+    run.train()
+    assert logged(run)[0] == pytest.approx(0.693147, abs=1e-5)
+    with pytest.raises(CacheError, match="is not what the reference says now"):
+        make(tmp_path, data=wrong, max_steps=2).train()
+    with pytest.raises(DataError, match="weighs tokens one by one"):
+        make(tmp_path, data=right, max_steps=2, method="ld_dpo").train()
+    with pytest.raises(DataError, match="weighs tokens one by one"):
+        make(tmp_path, data=list(with_sums(data, sums, range(PAIRS)).trees), method="ld_dpo").train()
+
+
+def test_sums_beside_token_weights_are_refused(tmp_path: Path) -> None:
+    data = random_pairs(PAIRS)
+    trees = [
+        Tree(
+            prompt_ids=tree.prompt_ids,
+            completions=tree.completions,
+            token_weights=[[0.5] * len(ids) for ids in tree.completions],
+            reference_logps=[-1.0, -1.0] if index == 3 else None,
+        )
+        for index, tree in enumerate(data.trees)
+    ]
+    with pytest.raises(DataError, match="a sum does not say what it weighed"):
+        make(tmp_path, data=trees).train()
+
+
+def test_a_wrong_value_that_no_sample_met_is_found_in_the_first_batch(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.know_reference()
+    run.train_dataset.logps(1)[0].sub_(0.5)
+    with pytest.raises(TrainingError, match=r"known reference log-probs that sum to .* \(chosen\), and .* now"):
+        run.train()
+
+
+def test_a_reference_that_was_changed_between_two_runs_of_one_trainer_is_asked_anew(tmp_path: Path) -> None:
+    data = random_pairs(PAIRS)
+    run = make(tmp_path, data=data, ref_model=tiny_llama(seed=5), rank=0)
+    run.train()
+    assert logged(run)[0] != pytest.approx(0.693147, abs=1e-2)
+    run.references.reference.load_state_dict(run.model.state_dict())
+    more = random_pairs(6, seed=9)
+    run.evaluate(more)
+    run.train()
+    assert logged(run)[0] == pytest.approx(0.693147, abs=1e-4)
+    layout = prepare_model(fresh := tiny_llama(seed=5).requires_grad_(False))
+    cached = ReferenceCache(tmp_path / "cache").token_logps(fresh, more.trees, layout=layout)
+    sums = torch.tensor([[logps.sum().item() for logps in tree] for tree in cached])
+    torch.testing.assert_close(sums, completion_logps(fresh, more.trees).view(-1, 2))
 
 
 def test_a_run_shorter_than_its_data_asks_for_the_rows_it_sees(tmp_path: Path) -> None:
@@ -489,8 +585,20 @@ def test_the_cache_serves_a_loop_of_ones_own(tmp_path: Path) -> None:
     cache = ReferenceCache(tmp_path)
     first = cache.token_logps(model, data.trees, layout=layout)
     calls = forward_calls(model)
-    second = cache.token_logps(model, [(tree.prompt_ids, list(tree.completions)) for tree in data.trees], layout=layout)
+    plain = [(tree.prompt_ids, list(tree.completions)) for tree in data.trees]
+    second = cache.token_logps(model, plain, layout=layout, guard=0)
     assert not calls
+    cache.token_logps(model, plain, layout=layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = cache.token_logps(model, plain, layout=layout)
+    assert not all(
+        torch.equal(a, b) for one, two in zip(first, rounded, strict=True) for a, b in zip(one, two, strict=True)
+    )
+    assert len(cache.spaces()) == 2
+    model.model.rotary_emb.attention_scaling = 1.1
+    with pytest.raises(CacheError, match="is not what the reference says now"):
+        cache.token_logps(model, plain, layout=layout)
+    model.model.rotary_emb.attention_scaling = 1.0
     assert all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
     sums = torch.tensor([[logps.sum().item() for logps in tree] for tree in first])
     torch.testing.assert_close(sums, completion_logps(tiny_llama(), data.trees).view(-1, 2))

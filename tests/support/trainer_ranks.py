@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from dpo_engine import DPOConfig, DPOTrainer
+from dpo_engine.reference.filling import Filled
 from support.tiny_pairs import random_pairs, tiny_llama
 
 RANKS, PAIRS, HELD_OUT, STEPS = 2, 10, 7, 4
@@ -51,8 +52,8 @@ class Run:
     """Whether every gradient was a part of a whole one."""
     forests: list[int]
     """Forests with trees of each step, on this rank."""
-    reference: tuple[int, int]
-    """Rows whose reference log-probs this process reused, and computed."""
+    reference: Filled
+    """Where its reference log-probs came from."""
     reduced: list[list[bool]]
     """For each step, whether each of its backwards added up gradients over replicas."""
 
@@ -118,7 +119,7 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         held_out=held_out,
         sharded=seen.sharded,
         forests=forests,
-        reference=(trainer.references.filled.reused, trainer.references.filled.computed),
+        reference=trainer.references.filled,
         reduced=reduced,
     )
 

@@ -91,6 +91,35 @@ def test_a_reference_with_adapters_is_addressed_by_them() -> None:
     )
 
 
+def test_which_adapters_are_on_and_how_strongly_is_in_the_address() -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config, adapter_name="a")
+    model.add_adapter("b", config)
+
+    def address() -> str:
+        return reference_space(model.get_base_model(), with_adapters=True).address
+
+    found = [address()]
+    model.set_adapter("b")
+    found.append(address())
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(3.0)
+    found.append(address())
+    model.base_model.disable_adapter_layers()
+    found.append(address())
+    assert len(set(found)) == 4
+
+
+def test_adapters_that_are_merged_are_refused_where_the_weights_under_them_are_meant() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.merge_adapter()
+    with pytest.raises(CacheError, match=r"adapters are merged .* call unmerge_adapter\(\) first"):
+        weights_digest(model.get_base_model())
+    model.unmerge_adapter()
+    assert weights_digest(model.get_base_model()) == weights_digest(tiny_llama())
+
+
 def space(**changes: object) -> ReferenceSpace:
     return reference_space(tiny_llama(**changes))
 
@@ -107,8 +136,8 @@ def test_a_space_is_of_everything_that_decides_the_numbers() -> None:
         "weights": reference_space(tiny_llama(seed=1)),
     }
     assert len({base.address, *(other.address for other in changed.values())}) == 1 + len(changed)
-    (difference,) = base.differences(changed["rope"].parts)
-    assert difference == "config.rope_parameters.rope_theta: 10000.0 here, 500.0 there"
+    buffers, rope = base.differences(changed["rope"].parts)
+    assert rope == "config.rope_parameters.rope_theta: 10000.0 here, 500.0 there" and buffers.startswith("buffers: ")
 
 
 def test_what_decides_nothing_is_not_in_a_space() -> None:

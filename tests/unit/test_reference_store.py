@@ -9,6 +9,8 @@ import random
 import resource
 import shutil
 import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,55 @@ def test_a_writer_whose_file_was_merged_away_goes_on_in_another(tmp_path: Path) 
     writer.put(entries(5, first=10).items())
     assert store(tmp_path).get(list(entries(15))) == entries(15)
     assert writer.get(list(entries(15))) == entries(15)
+
+
+def test_writers_lose_nothing_while_others_merge_set_aside_and_prune(tmp_path: Path) -> None:
+    """Between any two commits of a writer its file is merged away; then the whole folder is removed."""
+    writer = store(tmp_path)
+    for first in range(0, 40, 8):
+        writer.put(entries(8, first=first).items())
+        store(tmp_path).merge()
+    assert store(tmp_path).get(list(entries(40))) == entries(40)
+    shutil.rmtree(tmp_path / SPACE)
+    writer.put(entries(8, first=40).items())
+    assert store(tmp_path).get(list(entries(48))) == entries(8, first=40)
+
+
+def test_two_who_merge_and_one_who_writes_do_not_disturb_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    writer = context.Process(target=write, args=(tmp_path, 200, 4))
+    mergers = [context.Process(target=_merge, args=(str(tmp_path),)) for _ in range(2)]
+    for child in (writer, *mergers):
+        child.start()
+    for child in (writer, *mergers):
+        child.join(120)
+        assert child.exitcode == 0
+    assert store(tmp_path).get(list(entries(200))) == entries(200)
+
+
+def _merge(folder: str) -> None:
+    for _ in range(15):
+        store(Path(folder)).merge()
+        time.sleep(0.05)
+
+
+def test_a_folder_or_a_dangling_link_named_like_a_file_of_entries_is_left_alone(tmp_path: Path) -> None:
+    opened = store(tmp_path)
+    opened.put(entries(3).items())
+    (tmp_path / SPACE / "folder.sqlite").mkdir()
+    (tmp_path / SPACE / "link.sqlite").symlink_to("/nowhere")
+    assert store(tmp_path).get(list(entries(3))) == entries(3)
+    assert store(tmp_path).merge() == (1, 3)
+
+
+def test_another_thread_may_go_on_with_a_store(tmp_path: Path) -> None:
+    opened = store(tmp_path)
+    opened.put(entries(3).items())
+    assert opened.get(list(entries(3))) == entries(3)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(opened.put, entries(3, first=3).items()).result()
+        assert pool.submit(opened.get, list(entries(6))).result() == entries(6)
+    assert opened.bad == 0
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_what_was_committed(tmp_path: Path) -> None:
