@@ -115,12 +115,15 @@ cache_app = typer.Typer(
 app.add_typer(cache_app, name="cache", short_help="Build, look at and check reference log-probs on disk.")
 
 _TRAIN_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}
+_EPILOG = "Beside these, every key of `dpo-engine train --help`."
 _AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON object as the last line of stdout; the text goes to stderr.")
 ]
 
 
-@cache_app.command(context_settings=_TRAIN_KEYS, short_help="Compute what the cache lacks of a data set.")
+@cache_app.command(
+    context_settings=_TRAIN_KEYS, epilog=_EPILOG, short_help="Compute what the cache lacks of a data set."
+)
 def build(context: typer.Context, as_json: _AsJson = False) -> None:
     """dpo-engine cache build [CONFIG.yaml] --model M --data D [--key value ...]"""
     from dpo_engine.cli.cache import cache_command
@@ -129,7 +132,9 @@ def build(context: typer.Context, as_json: _AsJson = False) -> None:
 
 
 @cache_app.command(
-    context_settings=_TRAIN_KEYS, short_help="What the cache holds; of a data set, with --model and --data."
+    context_settings=_TRAIN_KEYS,
+    epilog=_EPILOG,
+    short_help="What the cache holds; of a data set, with --model and --data.",
 )
 def info(context: typer.Context, as_json: _AsJson = False) -> None:
     """dpo-engine cache info [CONFIG.yaml] [--key value ...]"""
@@ -139,7 +144,9 @@ def info(context: typer.Context, as_json: _AsJson = False) -> None:
 
 
 @cache_app.command(
-    context_settings=_TRAIN_KEYS, short_help="Check every entry; with --model and --data, against the model too."
+    context_settings=_TRAIN_KEYS,
+    epilog=_EPILOG,
+    short_help="Check every entry; with --model and --data, against the model too.",
 )
 def verify(
     context: typer.Context,
@@ -153,7 +160,9 @@ def verify(
 
 
 @cache_app.command(
-    context_settings=_TRAIN_KEYS, short_help="Put the files of all writers together, and take over other folders'."
+    context_settings=_TRAIN_KEYS,
+    epilog=_EPILOG,
+    short_help="Put the files of all writers together, and take over other folders'.",
 )
 def merge(
     context: typer.Context,
@@ -168,7 +177,9 @@ def merge(
     cache_command("merge", context.args, as_json, others=others or [])
 
 
-@cache_app.command(context_settings=_TRAIN_KEYS, short_help="Remove damaged files, and what is not used any more.")
+@cache_app.command(
+    context_settings=_TRAIN_KEYS, epilog=_EPILOG, short_help="Remove damaged files, and what is not used any more."
+)
 def prune(
     context: typer.Context,
     unused_days: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, set_seed
 
@@ -163,6 +165,7 @@ class DPOTrainer(Trainer):
             dtype=self._head_dtype,
             made=lambda: made_by(args.device, self.backend.name, self.layout.name),
             quiet=bool(args.disable_tqdm),
+            say=logger.info if args.disable_tqdm else partial(tqdm.write, file=sys.stderr),
         )
 
     def _choose_layout(self, causal: PreTrainedModel) -> Layout:
