@@ -29,9 +29,9 @@ from dpo_engine.batch import (
     pack_trees,
     packed_cost,
 )
-from dpo_engine.data import PairData, tokenize_pairs
+from dpo_engine.data import PairData
 from dpo_engine.data.streaming import PairStream
-from dpo_engine.errors import ConfigError, DataError, TrainingError
+from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.losses import PairStats, get_method
 from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, refuse_prompt_learning
 from dpo_engine.model.head import head_of
@@ -39,15 +39,15 @@ from dpo_engine.model.layout import Layout, choose_layout
 from dpo_engine.model.probe import probe_head
 from dpo_engine.model.scoring import bind_scoring
 from dpo_engine.reference.cache import ReferenceCache, by_tree
-from dpo_engine.reference.guard import unit_of
-from dpo_engine.reference.values import ReferenceValues
 from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
 from dpo_engine.train.budget import Budget, bytes_per_token, forest_budget, free_bytes
 from dpo_engine.train.config import DPOConfig
+from dpo_engine.train.datasets import knows_reference, present, tokenized
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
 from dpo_engine.train.ranks import EvenRows, even_sampler, idle_forest, joined_over_ranks, sum_and_most
 from dpo_engine.train.reference import RunReference, cache_for, made_by
 from dpo_engine.train.scoring import PairScorer, causal_model, make_reference, weighted_sum
+from dpo_engine.train.start import check_start
 from dpo_engine.train.state import RunState, read_state, write_state
 from dpo_engine.train.whole_step import (
     StepPart,
@@ -125,19 +125,14 @@ class DPOTrainer(Trainer):
         self._reference_backend: str | None = None  # which one the log-probs in memory are of
         self._train_metrics = MetricSums()
         self._baseline = RunningMean()
-        train_data = _tokenized(train_dataset, processing_class, args, "train_dataset")
-        eval_data = _tokenized(eval_dataset, processing_class, args, "eval_dataset")
+        train_data = tokenized(train_dataset, processing_class, args, "train_dataset")
+        eval_data = tokenized(eval_dataset, processing_class, args, "eval_dataset")
         if isinstance(train_data, PairStream):
-            if args.dataloader_num_workers:
-                raise ConfigError(
-                    f"dataloader_num_workers={args.dataloader_num_workers}, and train_dataset is a stream, which each worker would "
-                    "read from its beginning; expected 0"
-                )
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # it would look for tensors in what a stream yields
         super().__init__(
             model=model,
             args=args,
-            data_collator=_present,  # type: ignore[arg-type]  # trees are packed a step at a time
+            data_collator=present,  # type: ignore[arg-type]  # trees are packed a step at a time
             train_dataset=train_data,
             eval_dataset=eval_data,
             processing_class=processing_class,
@@ -399,7 +394,7 @@ class DPOTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         model.train()
         batch = inputs.to(self.args.device)
-        forests = self._with_idle(batch, bool(batch.idle) and _knows_reference(self.train_dataset))
+        forests = self._with_idle(batch, bool(batch.idle) and knows_reference(self.train_dataset))
         if not self._start_checked:
             self._check_start(model, forests)
         scale = self.args.world_size / (num_items_in_batch or batch.trees * self.args.world_size)
@@ -478,49 +473,14 @@ class DPOTrainer(Trainer):
         return self.args
 
     def _check_start(self, model: nn.Module, forests: Sequence[PreferenceForest]) -> None:
-        """Refuse to train where the reference is the starting policy but the loss says otherwise."""
+        """Refuse to train where the reference is the starting policy but the numbers say otherwise."""
         self._start_checked = True
         if self.state.global_step > 0 or not (self.method.needs_reference and self._starts_at_reference):
             return
-        expected = self.method.start(self.config)
-        tolerance = 1e-3 if self.accelerator.mixed_precision != "no" else 1e-4
         model.eval()
         with torch.no_grad():
-            # Asked anew also where it was computed before: in the same forest both are the same to the last bits.
-            unknown = [replace(forest, reference_token_logps=None, reference_logps=None) for forest in forests]
-            anew = [self.scorer.pair_stats(model, forest) for forest in unknown]
-            losses = self.method(joined(anew), self.config)
+            check_start(self.scorer, model, forests, self._head_dtype())
         model.train()
-        if not len(losses):  # this rank has idle forests only
-            return
-        for forest, stats in zip(forests, anew, strict=True):
-            self._check_known(forest, stats)
-        worst = losses[(losses - expected).abs().argmax()].item()
-        if not abs(worst - expected) <= tolerance:
-            raise TrainingError(
-                f"before the first step the policy is the reference, so every {self.config.method} loss must be "
-                f"{expected:.6f} (within {tolerance:g}), but a pair of the first batch has {worst:.6f}: policy and "
-                "reference are not computed alike (weights changed in memory, or a layer that is random in eval mode?)"
-            )
-
-    def _check_known(self, forest: PreferenceForest, anew: PairStats) -> None:
-        """Refuse reference log-probs, of a data set or a cache, that are not those of the policy, which is the reference still."""
-        known = self.scorer.known_reference(forest)
-        if known is None:
-            return
-        unit = unit_of(self._head_dtype())
-        for name, used, now, lengths in (
-            ("chosen", known[0], anew.chosen_logps, anew.chosen_lengths),
-            ("rejected", known[1], anew.rejected_logps, anew.rejected_lengths),
-        ):
-            off = (used - now).abs() - 8 * unit * (now.abs() + lengths)
-            if len(off) and not bool((off <= 0).all()):
-                worst = int(off.nan_to_num(nan=torch.inf).argmax())
-                raise TrainingError(
-                    f"before the first step the policy is the reference, but a pair of the first batch has known reference "
-                    f"log-probs that sum to {used[worst].item():.4f} ({name}), and {now[worst].item():.4f} now; "
-                    "`dpo-engine cache verify --all` names the rows: compute them anew, or set reference_cache: off"
-                )
 
     # ---- evaluation and logs ----
 
@@ -530,7 +490,7 @@ class DPOTrainer(Trainer):
         if not is_sharded:  # else every rank must take part in every forward: rows are scored as they come
             self.know_reference()
         if eval_dataset is not None:
-            eval_dataset = _tokenized(eval_dataset, self.processing_class, self.config, "eval_dataset")  # type: ignore[arg-type]
+            eval_dataset = tokenized(eval_dataset, self.processing_class, self.config, "eval_dataset")  # type: ignore[arg-type]
             if not is_sharded:
                 eval_dataset = self.references.known(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
@@ -551,12 +511,12 @@ class DPOTrainer(Trainer):
         was_training = model.training
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        knows_reference = _knows_reference(dataloader.dataset)
+        is_known = knows_reference(dataloader.dataset)
         scored: list[PairStats] = []
         with torch.no_grad():
             for trees in dataloader:
                 batch, _ = self._evened(self.packed(trees))
-                for forest in self._with_idle(batch.to(self.args.device), knows_reference):
+                for forest in self._with_idle(batch.to(self.args.device), is_known):
                     scored.append(self.scorer.pair_stats(model, forest))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             metrics = self._judged(joined(scored))
@@ -592,58 +552,3 @@ class DPOTrainer(Trainer):
     def _read(self, metrics: MetricSums) -> dict[str, float]:
         stacked = metrics.stacked(self.args.device)
         return metrics.means(self.accelerator.reduce(stacked, "sum") if self.args.world_size > 1 else stacked)
-
-
-def _present(trees: Sequence[TokenTree | None]) -> list[TokenTree]:
-    """The rows of a micro-batch, without those that fill up a data set for its ranks."""
-    return [tree for tree in trees if tree is not None]
-
-
-def _has_trees(dataset: Any) -> bool:
-    """Whether it is a list of trees, such as those that know their reference."""
-    return isinstance(dataset, list) and bool(dataset) and hasattr(dataset[0], "prompt_ids")
-
-
-def _knows_reference(rows: Any) -> bool:
-    """Whether the rows bring reference log-probs: all do, or none."""
-    return any(getattr(rows[0], name, None) is not None for name in ("reference_token_logps", "reference_logps"))
-
-
-def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> Any:
-    """Trees, from whatever a user passes as a data set."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, PairStream):
-        _check_stream(dataset, args, name)
-        return dataset
-    if isinstance(dataset, dict):
-        raise ConfigError(f"DPOTrainer: {name} is a dict of {', '.join(map(str, dataset))}; expected one data set")
-    if is_stream := not hasattr(dataset, "__len__"):
-        _check_stream(dataset, args, name)
-    elif not len(dataset):
-        raise ConfigError(f"DPOTrainer: {name} is empty; expected at least one pair, or None")
-    if isinstance(dataset, PairData | ReferenceValues) or _has_trees(dataset):
-        return dataset
-    if tokenizer is None:
-        raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
-    if is_stream:
-        return PairStream(dataset, tokenizer, source=name, **args.pair_options())
-    return tokenize_pairs(dataset, tokenizer, **args.pair_options())
-
-
-def _check_stream(dataset: Any, args: DPOConfig, name: str) -> None:
-    """Refuse what cannot be streamed."""
-    if not hasattr(dataset, "__iter__"):
-        raise ConfigError(
-            f"DPOTrainer: {name} is a {type(dataset).__name__}; expected rows: a list, a Dataset or a stream"
-        )
-    if name != "train_dataset":
-        raise ConfigError(
-            f"DPOTrainer: {name} is a stream; expected a data set with an end, such as a list of its first rows"
-        )
-    if args.world_size > 1:
-        raise ConfigError(
-            f"DPOTrainer: {name} is a stream, and there are {args.world_size} ranks; expected a data set in memory"
-        )
-    if args.max_steps <= 0:
-        raise ConfigError(f"DPOTrainer: {name} is a stream, whose length is not known; set max_steps")
