@@ -319,8 +319,12 @@ class DPOTrainer(Trainer):
         """Whether the run ends before it has seen each row, so that not all of them are asked for."""
         if isinstance(self.train_dataset, PairStream):
             return True
-        seen = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return self.references.cache is not None and self.args.world_size == 1 and 0 < seen < len(self.train_dataset)  # type: ignore[arg-type]
+        if self.train_dataset is None:
+            return False
+        rows = len(self.train_dataset)  # type: ignore[arg-type]
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seen = self.args.max_steps * per_step if self.args.max_steps > 0 else self.args.num_train_epochs * rows
+        return self.references.cache is not None and self.args.world_size == 1 and seen < rows
 
     def _forests_of(self, trees: Sequence[TokenTree]) -> list[list[TokenTree]]:
         """The trees of each forest that the reference is asked about."""

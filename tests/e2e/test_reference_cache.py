@@ -540,7 +540,18 @@ def test_a_run_shorter_than_its_data_asks_for_the_rows_it_sees(tmp_path: Path) -
     run = make(tmp_path, max_steps=2)
     run.train()
     assert changed(run.references.filled) == (0, 8)
+    part = make(tmp_path, num_train_epochs=0.3)
+    part.train()
+    assert changed(part.references.filled) == (4, 0)
     assert changed(known(tmp_path)) == (8, 4)
+
+
+def test_a_trainer_that_only_evaluates_needs_no_training_data(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.train_dataset = None
+    run.evaluate(random_pairs(PAIRS))
+    run.evaluate(random_pairs(PAIRS))
+    assert changed(run.references.filled) == (PAIRS, PAIRS)
 
 
 def test_a_stream_without_an_end_needs_max_steps(tmp_path: Path) -> None:
@@ -625,7 +636,7 @@ def _build_in_a_process(folder: Path) -> subprocess.Popen[str]:
 def test_processes_that_build_at_once_give_one_complete_cache(tmp_path: Path, count: int) -> None:
     children = [_build_in_a_process(tmp_path) for _ in range(count)]
     for child in children:
-        out, err = child.communicate(timeout=240)
+        out, err = child.communicate(timeout=600)
         assert child.returncode == 0, err
         reused, computed = map(int, out.split())
         assert reused + computed == 120
