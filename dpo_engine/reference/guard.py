@@ -9,8 +9,9 @@ packings happen to agree.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,14 +74,13 @@ def check_rows(
         return []
     trees = [values.trees[index] for index in indices]
     rows = {id(tree): index for tree, index in zip(trees, indices, strict=True)}
-    spread = _spread(trees[: 2 * GUARDED_ROWS], score, pack)
-    unit = unit_of(dtype)
+    spread, scored = _scored(trees, score, pack)
     found: list[Mismatch] = []
-    for forest in pack(trees):
-        for tree, logps in zip(forest, score(forest), strict=True):
-            found += _compared(tree, values.logps(rows[id(tree)]), logps, spread, unit)
+    for pairs in scored:
+        for tree, logps in pairs:
+            found += _compared(tree, values.logps(rows[id(tree)]), logps, spread, unit_of(dtype))
         if progress is not None:
-            progress(len(forest))
+            progress(len(pairs))
     return sorted(found, key=lambda mismatch: mismatch.origin)
 
 
@@ -88,12 +88,12 @@ def check_sums(
     trees: Sequence[TokenTree], sums: Sequence[Sequence[float]], score: Score, pack: Pack, *, dtype: torch.dtype
 ) -> list[Mismatch]:
     """The same for sums that a user brings: their tolerance is that of all tokens together."""
-    spread = _spread(trees, score, pack)
+    spread, scored = _scored(trees, score, pack)
     unit = unit_of(dtype)
     known = {id(tree): given for tree, given in zip(trees, sums, strict=True)}
     found = []
-    for forest in pack(trees):
-        for tree, logps in zip(forest, score(forest), strict=True):
+    for pairs in scored:
+        for tree, logps in pairs:
             for number, (now, given) in enumerate(zip(logps, known[id(tree)], strict=True)):
                 total = now.double().sum().item()
                 allowed = _FACTOR * torch.clamp(unit * now.abs().clamp(min=1), min=spread).double().sum().item()
@@ -127,15 +127,22 @@ def refuse(mismatches: Sequence[Mismatch], where: str, causes: Sequence[str]) ->
     raise CacheError(f"{where} is not what the reference says now: {shown}{more}. {' '.join(causes)}")
 
 
-def _spread(trees: Sequence[TokenTree], score: Score, pack: Pack) -> float:
-    """How far two packings of the same trees are apart, at most, in nats."""
-    together = {id(tree): logps for forest in pack(trees) for tree, logps in zip(forest, score(forest), strict=True)}
-    apart = 0.0
-    for tree in trees:
+_Scored = list[tuple[TokenTree, list[Tensor]]]
+
+
+def _scored(trees: Sequence[TokenTree], score: Score, pack: Pack) -> tuple[float, Iterator[_Scored]]:
+    """`(spread, forests)`: how far two packings of the first few trees are apart, in nats; and all trees, scored, by forest."""
+
+    def forests(some: Sequence[TokenTree]) -> Iterator[_Scored]:
+        for forest in pack(some):
+            yield list(zip(forest, score(forest), strict=True))
+
+    first = [pair for pairs in forests(trees[: 2 * GUARDED_ROWS]) for pair in pairs]
+    spread = 0.0
+    for tree, together in first:
         (alone,) = score([tree])
-        for one, other in zip(together[id(tree)], alone, strict=True):
-            apart = max(apart, (one - other).abs().max().item())
-    return apart
+        spread = max(spread, *((a - b).abs().max().item() for a, b in zip(together, alone, strict=True)))
+    return spread, itertools.chain([first], forests(trees[2 * GUARDED_ROWS :]))
 
 
 def _compared(
