@@ -121,14 +121,18 @@ _AsJson = Annotated[
 ]
 
 
+def _cache(verb: str, arguments: list[str], as_json: bool, **own: Any) -> None:
+    from dpo_engine.cli.cache import cache_command
+
+    cache_command(verb, arguments, as_json, **own)
+
+
 @cache_app.command(
     context_settings=_TRAIN_KEYS, epilog=_EPILOG, short_help="Compute what the cache lacks of a data set."
 )
 def build(context: typer.Context, as_json: _AsJson = False) -> None:
     """dpo-engine cache build [CONFIG.yaml] --model M --data D [--key value ...]"""
-    from dpo_engine.cli.cache import cache_command
-
-    cache_command("build", context.args, as_json)
+    _cache("build", context.args, as_json)
 
 
 @cache_app.command(
@@ -138,9 +142,7 @@ def build(context: typer.Context, as_json: _AsJson = False) -> None:
 )
 def info(context: typer.Context, as_json: _AsJson = False) -> None:
     """dpo-engine cache info [CONFIG.yaml] [--key value ...]"""
-    from dpo_engine.cli.cache import cache_command
-
-    cache_command("info", context.args, as_json)
+    _cache("info", context.args, as_json)
 
 
 @cache_app.command(
@@ -154,9 +156,7 @@ def verify(
     as_json: _AsJson = False,
 ) -> None:
     """dpo-engine cache verify [CONFIG.yaml] [--all] [--key value ...]; exit code 1 if anything is wrong."""
-    from dpo_engine.cli.cache import cache_command
-
-    cache_command("verify", context.args, as_json, every=every)
+    _cache("verify", context.args, as_json, every=every)
 
 
 @cache_app.command(
@@ -172,9 +172,7 @@ def merge(
     as_json: _AsJson = False,
 ) -> None:
     """dpo-engine cache merge [--from FOLDER] [--key value ...]"""
-    from dpo_engine.cli.cache import cache_command
-
-    cache_command("merge", context.args, as_json, others=others or [])
+    _cache("merge", context.args, as_json, others=others or [])
 
 
 @cache_app.command(
@@ -189,6 +187,4 @@ def prune(
     as_json: _AsJson = False,
 ) -> None:
     """dpo-engine cache prune [--unused_days N] [--space ADDRESS] [--key value ...]"""
-    from dpo_engine.cli.cache import cache_command
-
-    cache_command("prune", context.args, as_json, unused_days=unused_days, space=space)
+    _cache("prune", context.args, as_json, unused_days=unused_days, space=space)
