@@ -123,6 +123,8 @@ class RunReference:
             return data
         if any(map(_has_sums, data)):
             return self._with_sums(data, name, guard)
+        if self.in_bulk:
+            self.open()  # which may find that it cannot be
         brought = [index for index, tree in enumerate(data) if _is_known(tree)]
         if not self.in_bulk and not brought:
             return data
@@ -315,35 +317,57 @@ class RunReference:
         """
         if self.cache is None or self._store is not None:
             return self._store
+        alone = self.accelerator.num_processes == 1
         try:
             self.space = self._shared_space()
-            store = self.cache.store(self.space, self.made())
+        except CacheError as error:  # on every rank
+            if not self.is_default:
+                raise
+            self._do_without(error, in_bulk=alone)
+            return None
+        store = self.cache.store(self.space, self.made())
+        try:
             if to_write and self.accelerator.is_main_process:
                 store.describe(self.space)
                 store.touch()
         except CacheError as error:
-            if not self.is_default or self.accelerator.num_processes > 1:
+            if not self.is_default or not alone:
                 raise
-            logger.warning("reference log-probs are kept in memory only: %s", error)
-            self.cache = None
+            self._do_without(error, in_bulk=True)
             return None
         self._store = store
         return store
 
+    def _do_without(self, error: CacheError, *, in_bulk: bool) -> None:
+        """Go on without a cache that nobody asked for by name."""
+        where = "kept in memory only" if in_bulk else "asked for at every step"
+        logger.warning("reference log-probs are %s: %s", where, error)
+        self.cache, self.in_bulk = None, in_bulk
+
     def _shared_space(self) -> ReferenceSpace:
-        """The first rank reads the weights, for all."""
-        found: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            found = [
-                reference_space(
-                    self.reference.get_base_model() if is_peft_model(self.reference) else self.reference,  # type: ignore[operator]
-                    mixed_precision=self.accelerator.mixed_precision,
-                    with_adapters=not self.is_policy,
-                ).parts
-            ]
-        if self.accelerator.num_processes > 1:
-            found = broadcast_object_list(found)
-        return ReferenceSpace(found[0])
+        """What every rank's weights say; they must all say the same.
+
+        Raises:
+            CacheError: on every rank, if on one the weights cannot be read, or are others: loaders that spare memory leave those of
+                all but the first rank empty until they are sharded.
+        """
+        mine: tuple[dict[str, Any] | None, str] = None, ""
+        model: Any = self.reference.get_base_model() if is_peft_model(self.reference) else self.reference  # type: ignore[operator]
+        try:
+            precision = self.accelerator.mixed_precision
+            mine = reference_space(model, mixed_precision=precision, with_adapters=not self.is_policy).parts, ""
+        except CacheError as error:
+            mine = None, str(error)
+        found = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        for parts, why in found:
+            if parts is None:
+                raise CacheError(why)
+            if parts != found[0][0]:
+                raise CacheError(
+                    "the ranks hold different weights before they are sharded (as FSDP's cpu_ram_efficient_loading leaves them), "
+                    "so the reference cannot be asked beforehand; set reference_cache: off, or load whole weights on every rank"
+                )
+        return ReferenceSpace(found[0][0])  # type: ignore[arg-type]
 
     def _of_first_rank(self, found: list[Mismatch]) -> list[Mismatch]:
         """What the first rank found, on every rank, so that none waits for one that stopped."""
