@@ -106,6 +106,55 @@ def inspect(
     inspect_command(options, row=row, ids=ids, as_json=as_json)
 
 
+@app.command(short_help="Will it fit? Peak memory by part, before anything is downloaded, and a YAML file that fits.")
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A short name (without --model, their table), a folder, a config.json or a hub id."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="24GB, rtx-4090, ...; what nvidia-smi tells if not given.")] = None,
+    data: Annotated[str | None, typer.Option(help="Preference pairs: how long they are decides.")] = None,
+    max_length: Annotated[int | None, _both("--max_length", "As for train; the largest safe if not given.")] = None,
+    load_in_4bit: Annotated[str, _both("--load_in_4bit", "NF4 weights: true or false.")] = "true",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    lora_r: Annotated[int, _both("--lora_r", "LoRA rank; 0 trains every parameter.")] = 16,
+    lora_target_modules: Annotated[
+        str | None, _both("--lora_target_modules", "Names, separated by commas; all linear layers if not given.")
+    ] = None,
+    lora_head: Annotated[str, _both("--lora_head", "An adapter on the head too: true or false.")] = "false",
+    optim: Annotated[str | None, typer.Option(help="As for train; paged_adamw_8bit for LoRA if not given.")] = None,
+    gradient_checkpointing: Annotated[str, _both("--gradient_checkpointing", "true or false.")] = "true",
+    activation_offload: Annotated[
+        str, _both("--activation_offload", "Checkpoints wait in host memory: true or false.")
+    ] = "false",
+    output: Annotated[str | None, typer.Option(help="Write the YAML file there.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object as the last line of stdout; the text goes to stderr.")
+    ] = False,
+) -> None:
+    """Predict the peak memory of training, part by part, from a model's config alone; write settings that fit a card.
+
+    Exit code 2, with the cheapest change, where nothing fits.
+    """
+    from dpo_engine.cli.plan import PlanOptions, plan_command, switch
+
+    options = PlanOptions(
+        model=model,
+        gpu=gpu,
+        data=data,
+        max_length=max_length,
+        load_in_4bit=switch("load_in_4bit", load_in_4bit),
+        dtype=dtype,
+        lora_r=lora_r,
+        lora_target_modules=lora_target_modules,
+        lora_head=switch("lora_head", lora_head),
+        optim=optim,
+        gradient_checkpointing=switch("gradient_checkpointing", gradient_checkpointing),
+        activation_offload=switch("activation_offload", activation_offload),
+    )
+    plan_command(options, output=output, as_json=as_json)
+
+
 cache_app = typer.Typer(
     help="Reference log-probs on disk. Every verb takes the keys and the YAML file of `dpo-engine train`, --reference_cache FOLDER "
     "among them.",
