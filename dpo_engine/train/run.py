@@ -67,6 +67,22 @@ class TrainConfig(DPOConfig):
         default=None,
         metadata={"help": "Names of the layers that get adapters; all linear layers but the head if not given."},
     )
+    lora_head: bool = field(
+        default=False, metadata={"help": "An adapter on the LM head too, beside those of lora_target_modules."}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Rank-stabilised LoRA: adapters are multiplied by lora_alpha / sqrt(lora_r)."}
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "DoRA: adapters turn a weight, and its columns' lengths train beside them."}
+    )
+    gradient_checkpointing: bool | None = field(  # a bool once checked
+        default=None,
+        metadata={
+            "help": "Compute layers anew in the backward pass instead of keeping what they computed. On with load_in_4bit if "
+            "not given, off without it."
+        },
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train anew although output_dir holds checkpoints of another run."}
@@ -93,6 +109,19 @@ class TrainConfig(DPOConfig):
         )
         require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "a number above 0")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "a number in [0, 1)")
+        for name in ("lora_head", "use_dora", "use_rslora"):
+            require(
+                self.lora_r > 0 or not getattr(self, name),
+                name,
+                True,
+                "false with lora_r: 0, which puts no adapters on",
+            )
+        require(
+            not (self.lora_head and self.use_dora),
+            "lora_head",
+            self.lora_head,
+            "false with use_dora: DoRA on the head is not plain LoRA, which is all that the engine can follow there",
+        )
         require(self.max_pairs is None or self.max_pairs > 0, "max_pairs", self.max_pairs, "a number above 0, or none")
         require(self.sample_prompts >= 0, "sample_prompts", self.sample_prompts, "a number of at least 0")
         require(self.sample_tokens > 0, "sample_tokens", self.sample_tokens, "a number above 0")
@@ -108,8 +137,19 @@ class TrainConfig(DPOConfig):
             raise ConfigError(
                 "dtype=float16 needs a GPU (its loss scaling is not done on a CPU); use float32 or bfloat16"
             )
+        self._choose_checkpointing()
         super().__post_init__()
         _check_report_to(self.report_to)
+
+    def _choose_checkpointing(self) -> None:
+        """On for 4-bit weights unless someone said otherwise: who has no room for weights has none for activations."""
+        newer = "activation_checkpointing"  # transformers' other name for it, of which its later versions have both
+        asked = getattr(self, newer, None)
+        if asked is None:
+            asked = self.gradient_checkpointing
+        self.gradient_checkpointing = self.load_in_4bit if asked is None else asked
+        if hasattr(self, newer):
+            setattr(self, newer, self.gradient_checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +333,9 @@ def _load_policy(config: TrainConfig, model_path: str, say: Say) -> Any:
             alpha=config.lora_alpha,
             target_modules=config.lora_target_modules or ALL_LINEAR,
             dropout=config.lora_dropout,
+            head=config.lora_head,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
         )
     return model
 

@@ -408,7 +408,7 @@ class DPOTrainer(Trainer):
             parts = self._whole_step(model, forests, scale)
         total = torch.zeros((), device=self.args.device)
         for index, (forest, part) in enumerate(zip(forests, parts, strict=True)):
-            with self._reducing_if(model, index == len(forests) - 1):
+            with self._reducing_if(model, index == len(forests) - 1), self.scorer.as_trained(model):
                 if part is None:
                     stats = self.scorer.pair_stats(model, forest)
                     losses, objective = self._objective(stats, scale)
