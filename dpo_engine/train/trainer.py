@@ -43,8 +43,16 @@ from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
 from dpo_engine.train.budget import Budget, bytes_per_token, forest_budget, free_bytes
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.datasets import knows_reference, present, tokenized
+from dpo_engine.train.gradients import check_gradients, check_graph
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
-from dpo_engine.train.ranks import EvenRows, even_sampler, idle_forest, joined_over_ranks, sum_and_most
+from dpo_engine.train.ranks import (
+    EvenRows,
+    even_sampler,
+    gradients_are_apart,
+    idle_forest,
+    joined_over_ranks,
+    sum_and_most,
+)
 from dpo_engine.train.reference import RunReference, cache_for, made_by
 from dpo_engine.train.scoring import PairScorer, causal_model, make_reference, weighted_sum
 from dpo_engine.train.start import check_start
@@ -80,7 +88,8 @@ class DPOTrainer(Trainer):
         ModelError: the model's head cannot be reproduced (probe), in `__init__`.
         DataError: no pair is left, or one does not fit `max_tokens_per_forest` or memory, in `__init__`.
         CacheError: the reference cache cannot be used, or its rows are not what the reference says, in `train` and `evaluate`.
-        TrainingError: the loss before the first step is not the method's start value, in `train`.
+        TrainingError: the loss before the first step is not the method's start value, or a parameter that is to train gets no
+            gradient in it, in `train`.
     """
 
     # compute_loss already divides by the trees of the whole step (`num_items_in_batch`).
@@ -121,7 +130,7 @@ class DPOTrainer(Trainer):
         bind_scoring(causal)
         self.reference = make_reference(model, ref_model) if self.method.needs_reference else None
         self._starts_at_reference = ref_model is None and (not is_peft_model(model) or adapters_are_zero(model))
-        self._start_checked = False
+        self._start_checked = self._gradients_checked = False
         self._reference_backend: str | None = None  # which one the log-probs in memory are of
         self._train_metrics = MetricSums()
         self._baseline = RunningMean()
@@ -416,9 +425,13 @@ class DPOTrainer(Trainer):
                     stats, losses = part.stats, part.losses
                     with generators_at(part.generators, self.args.device):
                         objective = part.objective(self.scorer.policy_again(model, forest, stats))
+                check_graph(objective, model)
                 self.accelerator.backward(objective)
             total += weighted_sum(losses.detach(), stats) * scale
             self._train_metrics.add(pair_metrics(stats, losses, self.beta), len(losses))
+        if not self._gradients_checked and not gradients_are_apart(self.accelerator):
+            check_gradients(model)
+        self._gradients_checked = True
         return total
 
     def _whole_step(self, model: nn.Module, forests: Sequence[PreferenceForest], scale: float) -> list[StepPart]:
