@@ -86,6 +86,13 @@ class DPOConfig(TrainingArguments):
         default="auto",
         metadata={"help": "How log-probs are computed: auto (what `dpo-engine doctor` measured), tiled, triton, ..."},
     )
+    activation_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "With gradient_checkpointing, on a GPU: what goes into each layer waits for the backward pass in pinned host "
+            "memory."
+        },
+    )
 
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate (about 5e-6 suits LoRA)."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (or share of steps, if < 1)."})
@@ -105,6 +112,12 @@ class DPOConfig(TrainingArguments):
             # The re-entrant kind needs inputs with gradients; under LoRA there are none and nothing would train.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
+        require(
+            not self.activation_offload or bool(self.gradient_checkpointing),
+            "activation_offload",
+            self.activation_offload,
+            "false, or gradient_checkpointing: true: it is the inputs of checkpointed layers that are moved",
+        )
 
     def _check(self) -> None:
         """Raise a `ConfigError` for the first value out of range."""

@@ -29,7 +29,6 @@ from dpo_engine.batch import (
     pack_trees,
     packed_cost,
 )
-from dpo_engine.data import PairData
 from dpo_engine.data.streaming import PairStream
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.losses import PairStats, get_method
@@ -40,11 +39,12 @@ from dpo_engine.model.probe import probe_head
 from dpo_engine.model.scoring import bind_scoring
 from dpo_engine.reference.cache import ReferenceCache, by_tree
 from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
-from dpo_engine.train.budget import Budget, bytes_per_token, forest_budget, free_bytes
+from dpo_engine.train.budget import Budget, forest_budget, run_budget
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.datasets import knows_reference, present, tokenized
 from dpo_engine.train.gradients import check_gradients, check_graph
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
+from dpo_engine.train.offload import offload_lines
 from dpo_engine.train.ranks import (
     EvenRows,
     even_sampler,
@@ -155,7 +155,7 @@ class DPOTrainer(Trainer):
         probe_head(causal)
         if self.reference is not None and ref_model is not None:
             probe_head(causal_model(self.reference))
-        self._use_budget(self._new_budget(causal, [train_data, eval_data]))
+        self._use_budget(run_budget(args, causal, [train_data, eval_data], self.layout, args.device))
         self.references = RunReference(
             method=self.method,
             reference=causal if self.reference is None else self.reference,
@@ -233,32 +233,6 @@ class DPOTrainer(Trainer):
         head = head_of(model)
         return autocast or (model.dtype if head.is_quantised else head.weight.dtype)
 
-    def _new_budget(self, causal: PreTrainedModel, datasets: Sequence[PairData | None]) -> Budget:
-        """`max_tokens_per_forest` as given, or what memory allows; the first rank's on all."""
-        token_bytes, free = 0.0, 0
-        if self.config.max_tokens_per_forest is None:
-            token_bytes = bytes_per_token(
-                causal,
-                self.layout.name,
-                checkpointing=self.config.gradient_checkpointing
-                or bool(getattr(self.config, "activation_checkpointing", False)),
-                layers=causal.config.get_text_config().num_hidden_layers,
-                device=self.args.device,
-            )
-            free = free_bytes(self.args.device, causal)
-        # Of a stream nothing is known but what it may bring: a pair of the greatest length, prompts apart.
-        is_stream = any(isinstance(data, PairStream) for data in datasets)
-        return forest_budget(
-            self.config.max_tokens_per_forest,
-            [None if isinstance(data, PairStream) else data for data in datasets],
-            self.layout.name,
-            self.layout.longest,
-            token_bytes=token_bytes,
-            free=free,
-            device=self.args.device.type,
-            to_come=2 * (self.config.max_length or 0) if is_stream else 0,
-        )
-
     def _use_budget(self, budget: Budget) -> None:
         if self.args.world_size > 1:
             [budget] = broadcast_object_list([budget])
@@ -266,8 +240,9 @@ class DPOTrainer(Trainer):
         self.budget = budget
 
     def lines(self) -> list[str]:
-        """How this run computes, for people: layout, forests, backend."""
-        return [self.layout.line, self.budget.line(), self.backend.line()]
+        """How this run computes, for people: layout, forests, backend, and what else was asked for."""
+        offload = offload_lines(self.config.activation_offload, self.args.device)
+        return [self.layout.line, self.budget.line(), self.backend.line(), *offload]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`transformers.Trainer.save_model`, and the run's state beside the weights: in checkpoints too."""
