@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from dpo_engine.model.head import read_head_transform
+from dpo_engine.model.liger import has_liger
 from dpo_engine.ops.backends import OPERATOR_VERSION
 from dpo_engine.reference.weights import buffers_digest, saved_tensors, weights_digest
 
@@ -107,6 +108,7 @@ def reference_space(model: nn.Module, *, mixed_precision: str = "no", with_adapt
                 "dtypes": sorted({_name_of(tensor.dtype) for _, tensor in saved_tensors(model, with_adapters)}),
                 "autocast": mixed_precision,
                 "float32_products": torch.get_float32_matmul_precision(),
+                **({"liger": True} if has_liger(model) else {}),  # not named without, so that earlier addresses stay
             },
             "operator": OPERATOR_VERSION,
         }

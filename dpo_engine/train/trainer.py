@@ -35,6 +35,7 @@ from dpo_engine.losses import PairStats, get_method
 from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, refuse_prompt_learning
 from dpo_engine.model.head import head_of
 from dpo_engine.model.layout import Layout, choose_layout
+from dpo_engine.model.liger import LigerUse, choose_liger
 from dpo_engine.model.probe import probe_head
 from dpo_engine.model.scoring import bind_scoring
 from dpo_engine.reference.cache import ReferenceCache, by_tree
@@ -150,6 +151,7 @@ class DPOTrainer(Trainer):
         if self.reference is not None:
             self.reference.to(args.device)
         self.scorer = PairScorer(self.method, args, self.reference, self.accelerator)
+        self.liger = self._choose_liger(causal)
         self.layout = self._choose_layout(causal)
         self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
@@ -171,6 +173,20 @@ class DPOTrainer(Trainer):
             quiet=bool(args.disable_tqdm),
             say=logger.info if args.disable_tqdm else partial(tqdm.write, file=sys.stderr),
         )
+
+    def _choose_liger(self, causal: PreTrainedModel) -> LigerUse:
+        """Both models on Liger's kernels, or neither, before the layout is probed."""
+        found = [
+            choose_liger(
+                model,
+                str(self.config.use_liger_kernel),
+                self.args.device,
+                share_prompt=self.config.share_prompt,
+                parts=self.config.liger_kernel_config,
+            )
+            for model in (causal, *([] if self.reference is None else [causal_model(self.reference)]))
+        ]
+        return found[0]
 
     def _choose_layout(self, causal: PreTrainedModel) -> Layout:
         """The layout that the policy, and a reference of its own, are right on."""
@@ -242,7 +258,8 @@ class DPOTrainer(Trainer):
     def lines(self) -> list[str]:
         """How this run computes, for people: layout, forests, backend, and what else was asked for."""
         offload = offload_lines(self.config.activation_offload, self.args.device)
-        return [self.layout.line, self.budget.line(), self.backend.line(), *offload]
+        liger = [self.liger.line] if self.liger.line else []
+        return [self.layout.line, self.budget.line(), self.backend.line(), *liger, *offload]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`transformers.Trainer.save_model`, and the run's state beside the weights: in checkpoints too."""
