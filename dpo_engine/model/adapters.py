@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
+REFERENCE = "reference"
+"""The adapter of this name is the reference, where a PeftModel has one."""
 
 
 def add_lora(
@@ -121,10 +123,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 @contextmanager
 def reference_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The reference policy: `model` without its adapters, in eval mode (dropout off), without gradients.
+    """The reference policy: `model` without its adapters, or with the one named "reference" in place of those that train; in eval
+    mode (dropout off), without gradients.
 
     On the way out, also after an exception, every submodule is in the mode it was in, every parameter requires grad as it
-    did, and adapters are enabled if they were.
+    did, and adapters are enabled and active if they were.
 
     Args:
         model: a PeftModel; or a model of which no parameter trains, which is a reference already.
@@ -138,6 +141,7 @@ def reference_of(model: nn.Module) -> Iterator[nn.Module]:
     required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
+        beside = _reference_adapter(model) if has_reference_adapter(model) else nullcontext()
         with disable(), torch.no_grad():
             moving = next((name for name, parameter in model.named_parameters() if parameter.requires_grad), None)
             if moving is not None:
@@ -145,13 +149,34 @@ def reference_of(model: nn.Module) -> Iterator[nn.Module]:
                     f"{type(model).__name__} trains {moving}, which is no adapter, so no fixed reference lies under it; "
                     "freeze it, or give a frozen copy of the model as the reference"
                 )
-            yield model
+            with beside:
+                yield model
     finally:
         for module, mode in training:
             module.training = mode
         for parameter, flag in required_grad:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _reference_adapter(model: Any) -> Iterator[None]:
+    """Where adapters are off: within it, the one named "reference" is on, and no other."""
+    tuner = model.base_model
+    active, named = list(tuner.active_adapters), tuner.active_adapter
+    tuner.enable_adapter_layers()
+    tuner.set_adapter(REFERENCE)
+    try:
+        yield
+    finally:
+        tuner.set_adapter(active)
+        tuner.active_adapter = named
+        tuner.disable_adapter_layers()  # as around this
+
+
+def has_reference_adapter(model: nn.Module) -> bool:
+    """Whether `model`, a PeftModel or the model in one, has an adapter that is the reference."""
+    return REFERENCE in getattr(model, "peft_config", {})
 
 
 def is_peft_model(model: nn.Module) -> bool:

@@ -32,7 +32,12 @@ from dpo_engine.batch import (
 from dpo_engine.data.streaming import PairStream
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.losses import PairStats, get_method
-from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, refuse_prompt_learning
+from dpo_engine.model.adapters import is_peft_model, refuse_prompt_learning
+from dpo_engine.model.existing_adapters import (
+    freeze_reference_adapter,
+    starts_at_reference,
+    without_reference_adapter,
+)
 from dpo_engine.model.head import head_of
 from dpo_engine.model.layout import Layout, choose_layout
 from dpo_engine.model.liger import LigerUse, choose_liger
@@ -76,8 +81,8 @@ class DPOTrainer(Trainer):
 
     Args:
         model: a causal language model, or a `PeftModel` around one.
-        ref_model: the reference; None means the starting policy: the adapters switched off for LoRA, a frozen copy
-            otherwise. Always in eval mode, without gradient.
+        ref_model: the reference; None means the starting policy: for LoRA the adapter named "reference" if there is one, else
+            the adapters switched off; a frozen copy otherwise. Always in eval mode, without gradient.
         args: a `DPOConfig`.
         train_dataset, eval_dataset: `datasets.Dataset` or list of dicts with preference columns, or tokenised
             `PairData`.
@@ -127,10 +132,11 @@ class DPOTrainer(Trainer):
             set_seed(args.seed)  # transformers' Trainer does so too, but adapters are drawn before there is one
             model = get_peft_model(model, peft_config)
         refuse_prompt_learning(model)
+        freeze_reference_adapter(model)
         causal = causal_model(model)
         bind_scoring(causal)
         self.reference = make_reference(model, ref_model) if self.method.needs_reference else None
-        self._starts_at_reference = ref_model is None and (not is_peft_model(model) or adapters_are_zero(model))
+        self._starts_at_reference = ref_model is None and (not is_peft_model(model) or starts_at_reference(model))
         self._start_checked = self._gradients_checked = False
         self._reference_backend: str | None = None  # which one the log-probs in memory are of
         self._train_metrics = MetricSums()
@@ -272,6 +278,11 @@ class DPOTrainer(Trainer):
             )
             write_state(Path(output_dir or str(self.args.output_dir)), state)
         super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As transformers', without an adapter that is the reference."""
+        with without_reference_adapter(self.model):
+            super()._save(output_dir, state_dict)
 
     def packed(self, trees: Sequence[TokenTree]) -> PreferenceBatch:
         """Trees in forests of this run's layout and budget, on the CPU."""
