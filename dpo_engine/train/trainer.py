@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, set_seed
 
 from dpo_engine.batch import (
-    LAYOUTS,
     ForestCollator,
     PreferenceBatch,
     PreferenceForest,
@@ -39,8 +38,6 @@ from dpo_engine.model.existing_adapters import (
     without_reference_adapter,
 )
 from dpo_engine.model.head import head_of
-from dpo_engine.model.layout import Layout, choose_layout
-from dpo_engine.model.liger import LigerUse, choose_liger
 from dpo_engine.model.probe import probe_head
 from dpo_engine.model.scoring import bind_scoring
 from dpo_engine.reference.cache import ReferenceCache, by_tree
@@ -49,6 +46,7 @@ from dpo_engine.train.budget import Budget, forest_budget, run_budget
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.datasets import knows_reference, present, tokenized
 from dpo_engine.train.gradients import check_gradients, check_graph
+from dpo_engine.train.layouts import run_layout, run_liger
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
 from dpo_engine.train.offload import offload_lines
 from dpo_engine.train.ranks import (
@@ -157,8 +155,10 @@ class DPOTrainer(Trainer):
         if self.reference is not None:
             self.reference.to(args.device)
         self.scorer = PairScorer(self.method, args, self.reference, self.accelerator)
-        self.liger = self._choose_liger(causal)
-        self.layout = self._choose_layout(causal)
+        models = [causal, *([] if self.reference is None else [causal_model(self.reference)])]
+        self.liger = run_liger(models, args, args.device)
+        self.layout = run_layout(models, args.share_prompt)
+        logger.info(self.layout.line)
         self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
         if self.reference is not None and ref_model is not None:
@@ -179,31 +179,6 @@ class DPOTrainer(Trainer):
             quiet=bool(args.disable_tqdm),
             say=logger.info if args.disable_tqdm else partial(tqdm.write, file=sys.stderr),
         )
-
-    def _choose_liger(self, causal: PreTrainedModel) -> LigerUse:
-        """Both models on Liger's kernels, or neither, before the layout is probed."""
-        found = [
-            choose_liger(
-                model,
-                str(self.config.use_liger_kernel),
-                self.args.device,
-                share_prompt=self.config.share_prompt,
-                parts=self.config.liger_kernel_config,
-            )
-            for model in (causal, *([] if self.reference is None else [causal_model(self.reference)]))
-        ]
-        return found[0]
-
-    def _choose_layout(self, causal: PreTrainedModel) -> Layout:
-        """The layout that the policy, and a reference of its own, are right on."""
-        layout = choose_layout(causal, self.config.share_prompt)
-        if self.reference is not None:
-            other = choose_layout(causal_model(self.reference), self.config.share_prompt)
-            longest = [limit for limit in (layout.longest, other.longest) if limit is not None]
-            layout = max(layout, other, key=lambda layout: LAYOUTS.index(layout.name))
-            layout = replace(layout, longest=min(longest, default=None))
-        logger.info(layout.line)
-        return layout
 
     # ---- what a resumed run has in common with its checkpoint ----
 
