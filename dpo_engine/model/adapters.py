@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
+REFERENCE = "reference"
+"""The adapter of this name is the reference, where a PeftModel has one."""
 
 
 def add_lora(
@@ -30,6 +32,9 @@ def add_lora(
     alpha: float = 32,
     target_modules: str | Sequence[str] = ALL_LINEAR,
     dropout: float = 0.0,
+    head: bool = False,
+    use_dora: bool = False,
+    use_rslora: bool = False,
 ) -> PeftModel:
     """`x @ W.T + (alpha / r) * dropout(x) @ A.T @ B.T` in the chosen layers; A and B train in float32, W is frozen.
 
@@ -41,6 +46,9 @@ def add_lora(
         alpha: numerator of the scale `alpha / r`.
         target_modules: names of linear layers (`q_proj`, ..., `lm_head`), or "all-linear" for every one but the head.
         dropout: probability in [0, 1).
+        head: an adapter on the head too.
+        use_dora: the sum's columns are scaled to lengths that train (peft's DoRA); not on the head.
+        use_rslora: the scale is `alpha / sqrt(r)`.
 
     Raises:
         ConfigError: a value out of range, a layer that the model does not have, or a head that is tied to the embeddings.
@@ -53,14 +61,39 @@ def add_lora(
         raise ConfigError(f"lora_alpha={alpha}; expected a positive number")
     if not 0 <= dropout < 1:
         raise ConfigError(f"lora_dropout={dropout}; expected a number in [0, 1)")
-    targets = target_modules if target_modules == ALL_LINEAR else _checked_targets(model, target_modules)
+    if head:
+        layers = _all_linear(model) if target_modules == ALL_LINEAR else target_modules
+        target_modules = [*([layers] if isinstance(layers, str) else layers), _head_name(model)]
+    named_by = "lora_head" if head else "lora_target_modules"
+    targets = target_modules if target_modules == ALL_LINEAR else _checked_targets(model, target_modules, named_by)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
+        task_type=TaskType.CAUSAL_LM,
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        bias="none",
+        use_dora=use_dora,
+        use_rslora=use_rslora,
     )
     return get_peft_model(model, config)  # casts the adapters to float32
 
 
-def _checked_targets(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[str]:
+def _all_linear(model: PreTrainedModel) -> list[str]:
+    """The full names that peft means by "all-linear": every linear layer but the head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
+
+
+def _head_name(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head and head is not None]
+    if not names:
+        raise ConfigError(f"lora_head: {type(model).__name__} has no head that an adapter can be put on; leave it out")
+    return names[0]
+
+
+def _checked_targets(model: PreTrainedModel, target_modules: str | Sequence[str], named_by: str) -> list[str]:
     """The names as a list, each one the end of a linear layer's path. peft itself is content if any one of them is found."""
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     head = model.get_output_embeddings()
@@ -71,7 +104,7 @@ def _checked_targets(model: PreTrainedModel, target_modules: str | Sequence[str]
         hit = [module for path, module in found.items() if path == name or path.endswith(f".{name}")]
         if any(module is head for module in hit) and head.weight is model.get_input_embeddings().weight:
             raise ConfigError(
-                f"lora_target_modules names the head ({name!r}), and this model's head is tied to its input embeddings: merging "
+                f"{named_by} names the head ({name!r}), and this model's head is tied to its input embeddings: merging "
                 "such an adapter would change both, and the merged model would be another one; leave the head out"
             )
         if not hit:
@@ -90,10 +123,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 @contextmanager
 def reference_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The reference policy: `model` without its adapters, in eval mode (dropout off), without gradients.
+    """The reference policy: `model` without its adapters, or with the one named "reference" in place of those that train; in eval
+    mode (dropout off), without gradients.
 
     On the way out, also after an exception, every submodule is in the mode it was in, every parameter requires grad as it
-    did, and adapters are enabled if they were.
+    did, and adapters are enabled and active if they were.
 
     Args:
         model: a PeftModel; or a model of which no parameter trains, which is a reference already.
@@ -107,6 +141,7 @@ def reference_of(model: nn.Module) -> Iterator[nn.Module]:
     required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
+        beside = _reference_adapter(model) if has_reference_adapter(model) else nullcontext()
         with disable(), torch.no_grad():
             moving = next((name for name, parameter in model.named_parameters() if parameter.requires_grad), None)
             if moving is not None:
@@ -114,13 +149,34 @@ def reference_of(model: nn.Module) -> Iterator[nn.Module]:
                     f"{type(model).__name__} trains {moving}, which is no adapter, so no fixed reference lies under it; "
                     "freeze it, or give a frozen copy of the model as the reference"
                 )
-            yield model
+            with beside:
+                yield model
     finally:
         for module, mode in training:
             module.training = mode
         for parameter, flag in required_grad:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _reference_adapter(model: Any) -> Iterator[None]:
+    """Where adapters are off: within it, the one named "reference" is on, and no other."""
+    tuner = model.base_model
+    active, named = list(tuner.active_adapters), tuner.active_adapter
+    tuner.enable_adapter_layers()
+    tuner.set_adapter(REFERENCE)
+    try:
+        yield
+    finally:
+        tuner.set_adapter(active)
+        tuner.active_adapter = named
+        tuner.disable_adapter_layers()  # as around this
+
+
+def has_reference_adapter(model: nn.Module) -> bool:
+    """Whether `model`, a PeftModel or the model in one, has an adapter that is the reference."""
+    return REFERENCE in getattr(model, "peft_config", {})
 
 
 def is_peft_model(model: nn.Module) -> bool:

@@ -129,8 +129,9 @@ class ModelHead:
         outer: list[Tensor] = []
         for branch in self.branches:
             weight: Any = branch.b.weight
-            # As PEFT does: the adapter's own dtype, unless autocast chooses.
-            product = branch.a(branch.dropout(hidden.to(weight.dtype))) * branch.scaling
+            # As PEFT does: the adapter's own dtype, unless autocast chooses; then widening first would change nothing.
+            as_it_is = autocast and len(self.branches) == 1 and isinstance(branch.dropout, nn.Identity)
+            product = branch.a(branch.dropout(hidden if as_it_is else hidden.to(weight.dtype))) * branch.scaling
             inner.append(product if autocast else product.to(hidden.dtype))
             outer.append(weight if autocast else weight.to(hidden.dtype))
         return torch.cat(inner, -1), torch.cat(outer, -1)
@@ -196,7 +197,8 @@ def _branches(model: PreTrainedModel, layer: Any) -> tuple[LoraBranch, ...]:
         if special:
             raise ModelError(
                 f"{type(model).__name__}: the adapter {name!r} on its head is not plain LoRA ({special}): it does more than "
-                "add B A x to the products, which the engine cannot follow; leave lm_head out of its target_modules"
+                "add B A x to the products, which the engine cannot follow; set lora_head: false (leave lm_head out of its "
+                "target_modules), or use_dora: false"
             )
     return tuple(
         LoraBranch(layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], float(layer.scaling[name]))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dpo_engine.batch import ForestCollator, pack_trees
 from dpo_engine.batch.forest import TreeLike, as_tree
 from dpo_engine.errors import CacheError
-from dpo_engine.model.adapters import is_peft_model, reference_of
+from dpo_engine.model.adapters import REFERENCE, has_reference_adapter, is_peft_model, reference_of
 from dpo_engine.model.layout import Layout
 from dpo_engine.model.scoring import forest_token_logps
 from dpo_engine.ops.choice import cache_folder
@@ -110,7 +110,8 @@ class ReferenceCache:
         space = reference_space(
             peft.get_base_model() if peft else model,
             mixed_precision={None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(autocast, str(autocast)),
-            with_adapters=peft is None,
+            with_adapters=peft is None or has_reference_adapter(peft),
+            adapter=REFERENCE if peft and has_reference_adapter(peft) else None,
         )
         store = self.store(space)
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from dpo_engine.model.head import read_head_transform
+from dpo_engine.model.liger import has_liger
 from dpo_engine.ops.backends import OPERATOR_VERSION
 from dpo_engine.reference.weights import buffers_digest, saved_tensors, weights_digest
 
@@ -81,13 +82,16 @@ class ReferenceSpace:
         return [f"{name}: {_short(here.get(name))} here, {_short(there.get(name))} there" for name in sorted(names)[:8]]
 
 
-def reference_space(model: nn.Module, *, mixed_precision: str = "no", with_adapters: bool = False) -> ReferenceSpace:
+def reference_space(
+    model: nn.Module, *, mixed_precision: str = "no", with_adapters: bool = False, adapter: str | None = None
+) -> ReferenceSpace:
     """The space of a model's log-probs.
 
     Args:
         model: the causal language model itself, not a wrapper around it (`get_base_model()` of a PeftModel).
         mixed_precision: "no", or the dtype that autocast computes in: "bf16", "fp16".
         with_adapters: whether the reference has the adapters that are on in `model`; False: they are switched off when it is asked.
+        adapter: the one that the reference has, of several in `model`, whichever is on now; with `with_adapters`.
 
     Raises:
         CacheError: the weights cannot be read.
@@ -98,26 +102,31 @@ def reference_space(model: nn.Module, *, mixed_precision: str = "no", with_adapt
         {
             "schema": SCHEMA,
             "model": type(model).__name__,
-            "weights": weights_digest(model, with_adapters=with_adapters),
+            "weights": weights_digest(model, with_adapters=with_adapters, adapter=adapter),
             "buffers": buffers_digest(model, with_adapters=with_adapters),
             "config": _plain(config.to_dict()),
-            "adapters": (_adapters(model) or None) if with_adapters else None,
+            "adapters": (_adapters(model, adapter) or None) if with_adapters else None,
             "head": dataclasses.asdict(transform),
             "compute": {
-                "dtypes": sorted({_name_of(tensor.dtype) for _, tensor in saved_tensors(model, with_adapters)}),
+                "dtypes": sorted(
+                    {_name_of(tensor.dtype) for _, tensor in saved_tensors(model, with_adapters, adapter)}
+                ),
                 "autocast": mixed_precision,
                 "float32_products": torch.get_float32_matmul_precision(),
+                **({"liger": True} if has_liger(model) else {}),  # not named without, so that earlier addresses stay
             },
             "operator": OPERATOR_VERSION,
         }
     )
 
 
-def _adapters(model: nn.Module) -> list[Any]:
+def _adapters(model: nn.Module, adapter: str | None) -> list[Any]:
     """What adapters do, beside their weights: how they are configured, and which are on and how strongly, layer by layer."""
     configs = getattr(model, "peft_config", {})
     if not configs:
         return []
+    if adapter is not None:
+        return [{adapter: _plain(configs[adapter].to_dict())}]
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     states = [

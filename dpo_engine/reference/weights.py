@@ -8,6 +8,7 @@ than loading them did.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -20,18 +21,19 @@ from torch import Tensor, nn
 from dpo_engine.errors import CacheError
 
 
-def weights_digest(model: nn.Module, *, with_adapters: bool = False) -> str:
+def weights_digest(model: nn.Module, *, with_adapters: bool = False, adapter: str | None = None) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all that a state dict holds, as hex.
 
     Args:
         model: the causal language model; PEFT may have put adapters into it.
         with_adapters: False leaves adapters out and names every tensor as in the model without them, so that the digest is that
             of the model before PEFT wrapped it.
+        adapter: of several adapters, the one that counts; None for all.
 
     Raises:
         CacheError: a tensor is not here (offloaded, or sharded over ranks), or adapters are merged into the weights under them.
     """
-    return _digest(dict(saved_tensors(model, with_adapters)))
+    return _digest(dict(saved_tensors(model, with_adapters, adapter)))
 
 
 def buffers_digest(model: nn.Module, *, with_adapters: bool = False) -> str:
@@ -62,14 +64,24 @@ def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
     return tensor.data_ptr() if tensor.numel() else id(tensor), tuple(tensor.shape), tensor.dtype
 
 
-def saved_tensors(model: nn.Module, with_adapters: bool) -> Iterator[tuple[str, Tensor]]:
+def saved_tensors(model: nn.Module, with_adapters: bool, adapter: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """What `state_dict` would save, by name, what quantisation keeps beside its weights included."""
+    others = set(getattr(model, "peft_config", {})) - {adapter} if adapter is not None else set()
     for prefix, module in _modules(model, "", with_adapters):
         own: dict[str, Any] = {}
         module._save_to_state_dict(own, prefix, keep_vars=True)
         for name, value in own.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not _is_of(others, name):
                 yield name, _here(name, value)
+
+
+def _is_of(adapters: set[str], name: str) -> bool:
+    """Whether a tensor belongs to one of these adapters, which are keys under PEFT's dictionaries of layers."""
+    parts = name.split(".")
+    return any(
+        part in adapters and (holder.startswith("lora_") or holder == "modules_to_save")
+        for holder, part in itertools.pairwise(parts)
+    )
 
 
 def _buffers(model: nn.Module, with_adapters: bool) -> Iterator[tuple[str, Tensor]]:

@@ -12,13 +12,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dpo_engine.batch import TokenTree, build_forest, packed_cost
+from dpo_engine.data import PairData
+from dpo_engine.data.streaming import PairStream
 from dpo_engine.errors import DataError
+from dpo_engine.model.layout import Layout
 from dpo_engine.model.scoring import forest_token_logps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dpo_engine.train.config import DPOConfig
 
 MOST = {"cpu": 512, "cuda": 8192}  # on a CPU up to 1536 were no faster, and took more memory; on CUDA not measured
 _LEAST = 256
@@ -39,6 +48,46 @@ class Budget:
     def line(self) -> str:
         """What is said at the start."""
         return f"forests of up to {self.tokens} tokens ({self.why})"
+
+
+def run_budget(
+    config: DPOConfig,
+    causal: PreTrainedModel,
+    datasets: Sequence[PairData | PairStream | None],
+    layout: Layout,
+    device: torch.device,
+) -> Budget:
+    """`config.max_tokens_per_forest`, or what memory allows.
+
+    Args:
+        causal: the policy without adapters around it, bound.
+
+    Raises:
+        DataError: a tree is larger than that.
+    """
+    token_bytes, free = 0.0, 0
+    if config.max_tokens_per_forest is None:
+        token_bytes = bytes_per_token(
+            causal,
+            layout.name,
+            checkpointing=bool(config.gradient_checkpointing or getattr(config, "activation_checkpointing", False)),
+            offloaded=config.activation_offload and device.type == "cuda",
+            layers=causal.config.get_text_config().num_hidden_layers,
+            device=device,
+        )
+        free = free_bytes(device, causal)
+    # Of a stream nothing is known but what it may bring: a pair of the greatest length, prompts apart.
+    is_stream = any(isinstance(data, PairStream) for data in datasets)
+    return forest_budget(
+        config.max_tokens_per_forest,
+        [None if isinstance(data, PairStream) else data for data in datasets],
+        layout.name,
+        layout.longest,
+        token_bytes=token_bytes,
+        free=free,
+        device=device.type,
+        to_come=2 * (config.max_length or 0) if is_stream else 0,
+    )
 
 
 def forest_budget(
@@ -94,7 +143,9 @@ def forest_budget(
     return Budget(cap, "larger ones are not faster")
 
 
-def bytes_per_token(model: nn.Module, layout: str, *, checkpointing: bool, layers: int, device: torch.device) -> float:
+def bytes_per_token(
+    model: nn.Module, layout: str, *, checkpointing: bool, layers: int, device: torch.device, offloaded: bool = False
+) -> float:
     """What one more token makes autograd keep, in bytes.
 
     Args:
@@ -102,13 +153,14 @@ def bytes_per_token(model: nn.Module, layout: str, *, checkpointing: bool, layer
         checkpointing: whether layers will be computed again in backward: then each keeps its input only, and one at a time
             keeps what it computes.
         layers: of the model.
+        offloaded: whether checkpoints' inputs wait elsewhere; then those of two layers are here, one of them on its way.
     """
     small, large = (_saved_bytes(model, layout, length, device) for length in _PROBE)
     per_token = max(1.0, (large - small) / (_PROBE[1] - _PROBE[0]))
     if not checkpointing:
         return per_token
     width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    return per_token / layers * 2 + layers * width * 4
+    return per_token / layers * 2 + (min(2, layers) if offloaded else layers) * width * 4
 
 
 def free_bytes(device: torch.device, model: nn.Module) -> int:

@@ -12,9 +12,17 @@ from dpo_engine.data.truncation import TRUNCATIONS
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import get_method
 from dpo_engine.model.layout import SHARE_PROMPT
+from dpo_engine.model.liger import LIGER, LOSSES
 from dpo_engine.ops import BACKENDS
 
 DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
+
+
+class LigerChoice(str):
+    """auto, on or off. Never true: transformers asks whether to put Liger's kernels, losses included, in place itself."""
+
+    def __bool__(self) -> bool:
+        return False
 
 
 @dataclass
@@ -86,6 +94,20 @@ class DPOConfig(TrainingArguments):
         default="auto",
         metadata={"help": "How log-probs are computed: auto (what `dpo-engine doctor` measured), tiled, triton, ..."},
     )
+    activation_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "With gradient_checkpointing, on a GPU: what goes into each layer waits for the backward pass in pinned host "
+            "memory."
+        },
+    )
+    use_liger_kernel: str = field(  # type: ignore[assignment]  # a bool in transformers
+        default="auto",
+        metadata={
+            "help": "Liger's norms, rope and gated activations, never its losses: auto (where liger-kernel is installed, on a "
+            "CUDA device, for models that it supports), on or off."
+        },
+    )
 
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate (about 5e-6 suits LoRA)."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (or share of steps, if < 1)."})
@@ -105,6 +127,19 @@ class DPOConfig(TrainingArguments):
             # The re-entrant kind needs inputs with gradients; under LoRA there are none and nothing would train.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
+        parts = self.liger_kernel_config  # transformers reads it from JSON
+        require(
+            not any((parts or {}).get(name) for name in LOSSES),
+            "liger_kernel_config",
+            parts,
+            f"no {' or '.join(LOSSES)}: log-probs are computed by the engine",
+        )
+        require(
+            not self.activation_offload or bool(self.gradient_checkpointing),
+            "activation_offload",
+            self.activation_offload,
+            "false, or gradient_checkpointing: true: it is the inputs of checkpointed layers that are moved",
+        )
 
     def _check(self) -> None:
         """Raise a `ConfigError` for the first value out of range."""
@@ -127,6 +162,9 @@ class DPOConfig(TrainingArguments):
         for name in ("chat_template", "share_prompt"):  # YAML reads on and off as booleans
             value = getattr(self, name)
             setattr(self, name, {"true": "on", "false": "off"}.get(str(value).lower(), value))
+        liger = str(self.use_liger_kernel).lower()
+        self.use_liger_kernel = LigerChoice({"true": "on", "false": "off"}.get(liger, liger))
+        require(str(self.use_liger_kernel) in LIGER, "use_liger_kernel", liger, f"one of {', '.join(LIGER)}")
         require(
             self.share_prompt in SHARE_PROMPT, "share_prompt", self.share_prompt, f"one of {', '.join(SHARE_PROMPT)}"
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler, Sampler
 
@@ -103,3 +104,9 @@ def joined_over_ranks(accelerator: Accelerator, values: Tensor) -> tuple[Tensor,
     begin = sum(counts[: accelerator.process_index])
     whole = torch.cat([part[:, :count] for part, count in zip(by_rank, counts, strict=True)], 1)
     return whole, slice(begin, begin + values.shape[1])
+
+
+def gradients_are_apart(accelerator: Accelerator) -> bool:
+    """Whether a rank may see no gradient although there is one: partitioned by DeepSpeed, or flattened by FSDP's first version."""
+    kind = accelerator.distributed_type
+    return kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from dpo_engine.batch import TokenTree, Tree
 from dpo_engine.errors import CacheError, ConfigError, DataError
 from dpo_engine.losses import Method
-from dpo_engine.model.adapters import is_peft_model
+from dpo_engine.model.adapters import REFERENCE, has_reference_adapter, is_peft_model
 from dpo_engine.reference.cache import ReferenceCache, no_bar
 from dpo_engine.reference.filling import Filled, Pack, Score, fill
 from dpo_engine.reference.guard import GUARDED_ROWS, Mismatch, check_rows, check_sums, refuse, some_rows
@@ -355,7 +355,10 @@ class RunReference:
         model: Any = self.reference.get_base_model() if is_peft_model(self.reference) else self.reference  # type: ignore[operator]
         try:
             precision = self.accelerator.mixed_precision
-            mine = reference_space(model, mixed_precision=precision, with_adapters=not self.is_policy).parts, ""
+            adapter = REFERENCE if self.is_policy and has_reference_adapter(model) else None
+            has_adapters = not self.is_policy or adapter is not None
+            space = reference_space(model, mixed_precision=precision, with_adapters=has_adapters, adapter=adapter)
+            mine = space.parts, ""
         except CacheError as error:
             mine = None, str(error)
         found = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]

@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from dpo_engine.data import PairData, PairSource, check_source, load_pairs
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.adapters import ALL_LINEAR, add_lora
+from dpo_engine.model.existing_adapters import continue_adapter, merge_adapter, read_adapter
 from dpo_engine.model.loading import check_model, cpu_has_bf16, load_model, load_tokenizer, resolve_dtype, resolve_model
 from dpo_engine.train.config import DTYPES, DPOConfig, require
 from dpo_engine.train.report import draw_training, summary_text
@@ -30,6 +31,11 @@ from dpo_engine.train.samples import Answer, answers_to
 from dpo_engine.train.trainer import DPOTrainer
 
 RESULT_SCHEMA = 1
+ADAPTER_MODES = ("continue", "stack")
+LORA_DEFAULTS = {
+    "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "use_dora": False, "use_rslora": False, "lora_head": False,
+}  # fmt: skip
+MERGE_FIRST = "continue, or a model that the adapter is merged into already (dpo-engine export ADAPTER --merge, then train on that)"
 Say = Callable[[str], None]
 
 
@@ -58,14 +64,43 @@ class TrainConfig(DPOConfig):
         default=False,
         metadata={"help": "QLoRA: frozen weights in 4 bits (NF4, double quantisation; bitsandbytes), adapters on top."},
     )
-    lora_r: int = field(default=16, metadata={"help": "LoRA rank; 0 trains every parameter."})
-    lora_alpha: float = field(
-        default=32.0, metadata={"help": "LoRA scale: adapters are multiplied by lora_alpha / lora_r."}
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a LoRA adapter of this model to go on from; adapter_mode says how."}
     )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters, in [0, 1)."})
+    adapter_mode: str = field(
+        default="continue",
+        metadata={
+            "help": "continue: the adapter trains on, and a frozen copy of it is the reference. stack: it is merged into the "
+            "model, which is the reference, and a new one trains on top."
+        },
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "LoRA rank, 16 if not given; 0 trains every parameter."})
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "LoRA scale, 32 if not given: adapters are multiplied by lora_alpha / lora_r."},
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout in front of the adapters, in [0, 1); 0 if not given."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Names of the layers that get adapters; all linear layers but the head if not given."},
+    )
+    lora_head: bool | None = field(
+        default=None, metadata={"help": "An adapter on the LM head too, beside those of lora_target_modules."}
+    )
+    use_rslora: bool | None = field(
+        default=None, metadata={"help": "Rank-stabilised LoRA: adapters are multiplied by lora_alpha / sqrt(lora_r)."}
+    )
+    use_dora: bool | None = field(
+        default=None, metadata={"help": "DoRA: adapters turn a weight, and its columns' lengths train beside them."}
+    )
+    gradient_checkpointing: bool | None = field(  # a bool once checked
+        default=None,
+        metadata={
+            "help": "Compute layers anew in the backward pass instead of keeping what they computed. On with load_in_4bit if "
+            "not given, off without it."
+        },
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     overwrite_output_dir: bool = field(
@@ -84,6 +119,8 @@ class TrainConfig(DPOConfig):
     def __post_init__(self) -> None:
         self.require_inputs()
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        self._settle_adapter()
+        assert self.lora_r is not None and self.lora_alpha is not None and self.lora_dropout is not None
         require(self.lora_r >= 0, "lora_r", self.lora_r, "a rank above 0, or 0 to train every parameter")
         require(
             not self.load_in_4bit or self.lora_r > 0,
@@ -93,6 +130,19 @@ class TrainConfig(DPOConfig):
         )
         require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "a number above 0")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "a number in [0, 1)")
+        for name in ("lora_head", "use_dora", "use_rslora"):
+            require(
+                self.lora_r > 0 or not getattr(self, name),
+                name,
+                True,
+                "false with lora_r: 0, which puts no adapters on",
+            )
+        require(
+            not (self.lora_head and self.use_dora),
+            "lora_head",
+            self.lora_head,
+            "false with use_dora: DoRA on the head is not plain LoRA, which is all that the engine can follow there",
+        )
         require(self.max_pairs is None or self.max_pairs > 0, "max_pairs", self.max_pairs, "a number above 0, or none")
         require(self.sample_prompts >= 0, "sample_prompts", self.sample_prompts, "a number of at least 0")
         require(self.sample_tokens > 0, "sample_tokens", self.sample_tokens, "a number above 0")
@@ -108,8 +158,53 @@ class TrainConfig(DPOConfig):
             raise ConfigError(
                 "dtype=float16 needs a GPU (its loss scaling is not done on a CPU); use float32 or bfloat16"
             )
+        self._choose_checkpointing()
         super().__post_init__()
         _check_report_to(self.report_to)
+
+    def _settle_adapter(self) -> None:
+        """LoRA settings as they are given, or as the adapter that trains on has them."""
+        require(
+            self.adapter_mode in ADAPTER_MODES, "adapter_mode", self.adapter_mode, f"one of {', '.join(ADAPTER_MODES)}"
+        )
+        settled: dict[str, Any] = dict(LORA_DEFAULTS)
+        if self.adapter is not None:
+            inside = Path(str(self.output_dir)).expanduser().resolve()
+            folder = Path(self.adapter).expanduser().resolve()
+            require(
+                not folder.is_relative_to(inside),
+                "adapter",
+                self.adapter,
+                f"a folder outside of output_dir={self.output_dir}, where it would be written over",
+            )
+            config = read_adapter(self.adapter)
+            if self.adapter_mode == "continue":
+                settled = {
+                    "lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
+                    "use_dora": config.use_dora, "use_rslora": config.use_rslora, "lora_head": None,
+                }  # fmt: skip
+                for name, has in settled.items():
+                    given = getattr(self, name)
+                    require(given is None or given == has, name, given, _continued(name, has, self.adapter))
+                mine, its = self.lora_target_modules, config.target_modules
+                same = mine is None or (not isinstance(its, str) and set(mine) == set(its or ()))
+                require(same, "lora_target_modules", mine, _continued("lora_target_modules", its, self.adapter))
+            else:
+                require(not self.load_in_4bit, "adapter_mode", "stack", f"with load_in_4bit {MERGE_FIRST}")
+                require(self.lora_r != 0, "lora_r", self.lora_r, "a rank above 0 with adapter_mode: stack")
+        for name, value in settled.items():
+            if getattr(self, name) is None:
+                setattr(self, name, bool(value) if name.startswith("use_") else value)
+
+    def _choose_checkpointing(self) -> None:
+        """On for 4-bit weights unless someone said otherwise: who has no room for weights has none for activations."""
+        newer = "activation_checkpointing"  # transformers' other name for it, of which its later versions have both
+        asked = getattr(self, newer, None)
+        if asked is None:
+            asked = self.gradient_checkpointing
+        self.gradient_checkpointing = self.load_in_4bit if asked is None else asked
+        if hasattr(self, newer):
+            setattr(self, newer, self.gradient_checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +324,14 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     return result
 
 
+def _continued(name: str, has: Any, folder: str) -> str:
+    """What a setting may be where an adapter trains on."""
+    if name == "lora_head":
+        return f"it left out: which layers have adapters, the one in {folder} says"
+    shown = sorted(has) if isinstance(has, set) else has
+    return f"it left out, or {shown!r} as the adapter in {folder} has it (adapter_mode: stack puts a new one on top)"
+
+
 def _check_report_to(names: str | list[str] | None) -> None:
     """Refuse what would fail only after the model was loaded."""
     installed = get_available_reporting_integrations()
@@ -285,7 +388,16 @@ def _load_policy(config: TrainConfig, model_path: str, say: Say) -> Any:
     model = load_model(
         model_path, dtype=dtype, trainable=config.lora_r == 0, in_4bit=config.load_in_4bit, device=config.device
     )
+    if config.adapter and config.adapter_mode == "continue":
+        say(f"the adapter in {config.adapter} trains on; a frozen copy of it is the reference")
+        return continue_adapter(model, config.adapter)
+    if config.adapter:
+        say(
+            f"the adapter in {config.adapter} is merged into the model in memory; what this run saves belongs on that merged model"
+        )
+        model = merge_adapter(model, config.adapter)
     if config.lora_r:
+        assert config.lora_alpha is not None and config.lora_dropout is not None
         set_seed(config.seed)  # the trainer does this too, but the adapters are drawn before there is one
         model = add_lora(
             model,
@@ -293,6 +405,9 @@ def _load_policy(config: TrainConfig, model_path: str, say: Say) -> Any:
             alpha=config.lora_alpha,
             target_modules=config.lora_target_modules or ALL_LINEAR,
             dropout=config.lora_dropout,
+            head=bool(config.lora_head),
+            use_dora=bool(config.use_dora),
+            use_rslora=bool(config.use_rslora),
         )
     return model
 

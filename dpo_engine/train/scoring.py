@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +16,10 @@ from transformers import PreTrainedModel
 from dpo_engine.batch import PreferenceForest, sum_by_completion
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import Method, PairStats
+from dpo_engine.model.adapter_inputs import adapter_inputs_as_they_are
 from dpo_engine.model.adapters import is_peft_model, reference_of
 from dpo_engine.model.scoring import bind_scoring, forest_token_logps
+from dpo_engine.train.offload import checkpoints_offloaded, offloader_for
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -59,6 +63,15 @@ class PairScorer:
         self.config = config
         self.reference = reference
         self.accelerator = accelerator
+        self.offloader = offloader_for(config.activation_offload, accelerator.device)
+
+    @contextmanager
+    def as_trained(self, model: nn.Module) -> Iterator[None]:
+        """Around a forest's forward and backward pass together: what spares memory and changes no number."""
+        with self.accelerator.autocast():
+            autocast = torch.is_autocast_enabled(self.accelerator.device.type)
+        with adapter_inputs_as_they_are(model, autocast), checkpoints_offloaded(model, self.offloader):
+            yield
 
     def token_logps(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
         """(N,) log-probs of the forest's scored tokens under `model`."""

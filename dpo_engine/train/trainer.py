@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, set_seed
 
 from dpo_engine.batch import (
-    LAYOUTS,
     ForestCollator,
     PreferenceBatch,
     PreferenceForest,
@@ -29,22 +28,35 @@ from dpo_engine.batch import (
     pack_trees,
     packed_cost,
 )
-from dpo_engine.data import PairData
 from dpo_engine.data.streaming import PairStream
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.losses import PairStats, get_method
-from dpo_engine.model.adapters import adapters_are_zero, is_peft_model, refuse_prompt_learning
+from dpo_engine.model.adapters import is_peft_model, refuse_prompt_learning
+from dpo_engine.model.existing_adapters import (
+    freeze_reference_adapter,
+    starts_at_reference,
+    without_reference_adapter,
+)
 from dpo_engine.model.head import head_of
-from dpo_engine.model.layout import Layout, choose_layout
 from dpo_engine.model.probe import probe_head
 from dpo_engine.model.scoring import bind_scoring
 from dpo_engine.reference.cache import ReferenceCache, by_tree
 from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
-from dpo_engine.train.budget import Budget, bytes_per_token, forest_budget, free_bytes
+from dpo_engine.train.budget import Budget, forest_budget, run_budget
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.datasets import knows_reference, present, tokenized
+from dpo_engine.train.gradients import check_gradients, check_graph
+from dpo_engine.train.layouts import run_layout, run_liger
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
-from dpo_engine.train.ranks import EvenRows, even_sampler, idle_forest, joined_over_ranks, sum_and_most
+from dpo_engine.train.offload import offload_lines
+from dpo_engine.train.ranks import (
+    EvenRows,
+    even_sampler,
+    gradients_are_apart,
+    idle_forest,
+    joined_over_ranks,
+    sum_and_most,
+)
 from dpo_engine.train.reference import RunReference, cache_for, made_by
 from dpo_engine.train.scoring import PairScorer, causal_model, make_reference, weighted_sum
 from dpo_engine.train.start import check_start
@@ -67,8 +79,8 @@ class DPOTrainer(Trainer):
 
     Args:
         model: a causal language model, or a `PeftModel` around one.
-        ref_model: the reference; None means the starting policy: the adapters switched off for LoRA, a frozen copy
-            otherwise. Always in eval mode, without gradient.
+        ref_model: the reference; None means the starting policy: for LoRA the adapter named "reference" if there is one, else
+            the adapters switched off; a frozen copy otherwise. Always in eval mode, without gradient.
         args: a `DPOConfig`.
         train_dataset, eval_dataset: `datasets.Dataset` or list of dicts with preference columns, or tokenised
             `PairData`.
@@ -80,7 +92,8 @@ class DPOTrainer(Trainer):
         ModelError: the model's head cannot be reproduced (probe), in `__init__`.
         DataError: no pair is left, or one does not fit `max_tokens_per_forest` or memory, in `__init__`.
         CacheError: the reference cache cannot be used, or its rows are not what the reference says, in `train` and `evaluate`.
-        TrainingError: the loss before the first step is not the method's start value, in `train`.
+        TrainingError: the loss before the first step is not the method's start value, or a parameter that is to train gets no
+            gradient in it, in `train`.
     """
 
     # compute_loss already divides by the trees of the whole step (`num_items_in_batch`).
@@ -117,11 +130,12 @@ class DPOTrainer(Trainer):
             set_seed(args.seed)  # transformers' Trainer does so too, but adapters are drawn before there is one
             model = get_peft_model(model, peft_config)
         refuse_prompt_learning(model)
+        freeze_reference_adapter(model)
         causal = causal_model(model)
         bind_scoring(causal)
         self.reference = make_reference(model, ref_model) if self.method.needs_reference else None
-        self._starts_at_reference = ref_model is None and (not is_peft_model(model) or adapters_are_zero(model))
-        self._start_checked = False
+        self._starts_at_reference = ref_model is None and (not is_peft_model(model) or starts_at_reference(model))
+        self._start_checked = self._gradients_checked = False
         self._reference_backend: str | None = None  # which one the log-probs in memory are of
         self._train_metrics = MetricSums()
         self._baseline = RunningMean()
@@ -141,12 +155,15 @@ class DPOTrainer(Trainer):
         if self.reference is not None:
             self.reference.to(args.device)
         self.scorer = PairScorer(self.method, args, self.reference, self.accelerator)
-        self.layout = self._choose_layout(causal)
+        models = [causal, *([] if self.reference is None else [causal_model(self.reference)])]
+        self.liger = run_liger(models, args, args.device)
+        self.layout = run_layout(models, args.share_prompt)
+        logger.info(self.layout.line)
         self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
         if self.reference is not None and ref_model is not None:
             probe_head(causal_model(self.reference))
-        self._use_budget(self._new_budget(causal, [train_data, eval_data]))
+        self._use_budget(run_budget(args, causal, [train_data, eval_data], self.layout, args.device))
         self.references = RunReference(
             method=self.method,
             reference=causal if self.reference is None else self.reference,
@@ -162,17 +179,6 @@ class DPOTrainer(Trainer):
             quiet=bool(args.disable_tqdm),
             say=logger.info if args.disable_tqdm else partial(tqdm.write, file=sys.stderr),
         )
-
-    def _choose_layout(self, causal: PreTrainedModel) -> Layout:
-        """The layout that the policy, and a reference of its own, are right on."""
-        layout = choose_layout(causal, self.config.share_prompt)
-        if self.reference is not None:
-            other = choose_layout(causal_model(self.reference), self.config.share_prompt)
-            longest = [limit for limit in (layout.longest, other.longest) if limit is not None]
-            layout = max(layout, other, key=lambda layout: LAYOUTS.index(layout.name))
-            layout = replace(layout, longest=min(longest, default=None))
-        logger.info(layout.line)
-        return layout
 
     # ---- what a resumed run has in common with its checkpoint ----
 
@@ -224,32 +230,6 @@ class DPOTrainer(Trainer):
         head = head_of(model)
         return autocast or (model.dtype if head.is_quantised else head.weight.dtype)
 
-    def _new_budget(self, causal: PreTrainedModel, datasets: Sequence[PairData | None]) -> Budget:
-        """`max_tokens_per_forest` as given, or what memory allows; the first rank's on all."""
-        token_bytes, free = 0.0, 0
-        if self.config.max_tokens_per_forest is None:
-            token_bytes = bytes_per_token(
-                causal,
-                self.layout.name,
-                checkpointing=self.config.gradient_checkpointing
-                or bool(getattr(self.config, "activation_checkpointing", False)),
-                layers=causal.config.get_text_config().num_hidden_layers,
-                device=self.args.device,
-            )
-            free = free_bytes(self.args.device, causal)
-        # Of a stream nothing is known but what it may bring: a pair of the greatest length, prompts apart.
-        is_stream = any(isinstance(data, PairStream) for data in datasets)
-        return forest_budget(
-            self.config.max_tokens_per_forest,
-            [None if isinstance(data, PairStream) else data for data in datasets],
-            self.layout.name,
-            self.layout.longest,
-            token_bytes=token_bytes,
-            free=free,
-            device=self.args.device.type,
-            to_come=2 * (self.config.max_length or 0) if is_stream else 0,
-        )
-
     def _use_budget(self, budget: Budget) -> None:
         if self.args.world_size > 1:
             [budget] = broadcast_object_list([budget])
@@ -257,8 +237,10 @@ class DPOTrainer(Trainer):
         self.budget = budget
 
     def lines(self) -> list[str]:
-        """How this run computes, for people: layout, forests, backend."""
-        return [self.layout.line, self.budget.line(), self.backend.line()]
+        """How this run computes, for people: layout, forests, backend, and what else was asked for."""
+        offload = offload_lines(self.config.activation_offload, self.args.device)
+        liger = [self.liger.line] if self.liger.line else []
+        return [self.layout.line, self.budget.line(), self.backend.line(), *liger, *offload]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`transformers.Trainer.save_model`, and the run's state beside the weights: in checkpoints too."""
@@ -271,6 +253,11 @@ class DPOTrainer(Trainer):
             )
             write_state(Path(output_dir or str(self.args.output_dir)), state)
         super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As transformers', without an adapter that is the reference."""
+        with without_reference_adapter(self.model):
+            super()._save(output_dir, state_dict)
 
     def packed(self, trees: Sequence[TokenTree]) -> PreferenceBatch:
         """Trees in forests of this run's layout and budget, on the CPU."""
@@ -408,7 +395,7 @@ class DPOTrainer(Trainer):
             parts = self._whole_step(model, forests, scale)
         total = torch.zeros((), device=self.args.device)
         for index, (forest, part) in enumerate(zip(forests, parts, strict=True)):
-            with self._reducing_if(model, index == len(forests) - 1):
+            with self._reducing_if(model, index == len(forests) - 1), self.scorer.as_trained(model):
                 if part is None:
                     stats = self.scorer.pair_stats(model, forest)
                     losses, objective = self._objective(stats, scale)
@@ -416,9 +403,13 @@ class DPOTrainer(Trainer):
                     stats, losses = part.stats, part.losses
                     with generators_at(part.generators, self.args.device):
                         objective = part.objective(self.scorer.policy_again(model, forest, stats))
+                check_graph(objective, model)
                 self.accelerator.backward(objective)
             total += weighted_sum(losses.detach(), stats) * scale
             self._train_metrics.add(pair_metrics(stats, losses, self.beta), len(losses))
+        if not self._gradients_checked and not gradients_are_apart(self.accelerator):
+            check_gradients(model)
+        self._gradients_checked = True
         return total
 
     def _whole_step(self, model: nn.Module, forests: Sequence[PreferenceForest], scale: float) -> list[StepPart]:

@@ -231,7 +231,15 @@ def test_the_console_script_exits_with_the_errors_code_and_help_is_quick_to_read
         == "error: data=None is out of range; expected a file of preference pairs or a hub dataset id"
     )
     shown = subprocess.run([*command, "train", "--help"], capture_output=True, text=True, check=True).stdout
-    for name in ("--model", "--data", "--beta", "--lora_r [16]", "--per_device_train_batch_size", "--seed [42]"):
+    for name in (
+        "--model",
+        "--data",
+        "--beta",
+        "--lora_r\n",
+        "--max_length [1024]",
+        "--per_device_train_batch_size",
+        "--seed [42]",
+    ):
         assert name in shown
 
 
