@@ -26,6 +26,8 @@ from dpo_engine.export import check as checking
 from dpo_engine.export import run as exporting
 from support.adapters import adapted, greedy, logits, plain, save_adapter, save_base, start
 
+LLAMA_CPP = os.environ.get("LLAMA_CPP")  # the tests themselves run without it
+
 CONVERTER = """
 import pathlib, sys
 model, flags = pathlib.Path(sys.argv[1]), dict(zip(sys.argv[2::2], sys.argv[3::2]))
@@ -163,6 +165,34 @@ def test_an_adapter_trained_on_4_bits_is_merged_into_what_they_stand_for(export:
     assert code == 0 and result and result["from_4bit"], export.err
 
 
+def test_a_run_on_4_bits_leaves_a_record_that_the_merge_goes_by(export: Export, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = save_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    data, run = tmp_path / "pairs.jsonl", tmp_path / "run"
+    rows = [
+        {"prompt": f"where is the {a}?", "chosen": "here.", "rejected": f"the {a} ran away."} for a in ("cat", "dog")
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    settings = {
+        "model": base,
+        "data": data,
+        "output_dir": run,
+        "dtype": "float32",
+        "load_in_4bit": True,
+        "max_steps": 2,
+    }
+    settings |= {"learning_rate": 0.05, "save_strategy": "no", "lora_r": 4, "picture": False, "reference_cache": "off"}
+    export.monkeypatch.setattr(
+        "sys.argv", ["dpo-engine", "train", *[f"--{key}={value}" for key, value in settings.items()]]
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    code, result = export.run(run, "--merge", "--dtype", "float32", "--output", tmp_path / "out")
+    assert code == 0 and result and result["from_4bit"], export.err
+    assert result["check_4bit"]["max"] < 1e-3 < result["effect"]
+    assert "what NF4 makes of" in export.err and "NF4" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("config", "rank", "said"),
     [
@@ -211,6 +241,10 @@ def only_pickle(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
+def whole_model(folder: Path) -> None:
+    (folder / "adapter_config.json").rename(folder / "config.json")
+
+
 def prompt_tuning(folder: Path) -> None:
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
     named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -222,6 +256,7 @@ def prompt_tuning(folder: Path) -> None:
     [
         (lambda folder: shutil.rmtree(folder), "no such folder"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (whole_model, "it holds a whole model"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"no"), "cannot be read"),
         (only_pickle, "a pickle"),
@@ -401,3 +436,37 @@ def test_without_a_converter_the_commands_are_printed_and_nothing_is_claimed(
     assert f"convert_hf_to_gguf.py {tmp_path / 'out'} --outfile" in export.err and "llama-quantize" in export.err
     message = export.refused(adapter, "--gguf", "--llama_cpp", tmp_path, "--output", tmp_path / "again")
     assert "holds no convert_hf_to_gguf.py" in message and not (tmp_path / "again").exists()
+
+
+@pytest.mark.slow
+def test_the_real_converter_writes_a_file_that_says_the_same(export: Export, tmp_path: Path) -> None:
+    if not LLAMA_CPP:
+        pytest.skip("needs a checkout of llama.cpp, named by LLAMA_CPP, and what its converter imports")
+    pytest.importorskip("gguf")
+    pytest.importorskip("sentencepiece")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from dpo_engine.errors import ModelError
+    from dpo_engine.model.smollm2 import smollm2_folder
+
+    try:
+        base = smollm2_folder()
+    except ModelError as error:
+        pytest.skip(f"the packaged model cannot be had here: {error}")
+    policy = get_peft_model(plain(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    policy.save_pretrained(tmp_path / "run")
+    output = tmp_path / "out"
+    code, result = export.run(
+        tmp_path / "run", "--base", base, "--gguf", "--outtype", "bf16", "--llama_cpp", LLAMA_CPP, "--output", output
+    )
+    assert code == 0 and result, export.err
+    read = AutoModelForCausalLM.from_pretrained(
+        output,
+        gguf_file=Path(result["gguf"]).name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    merged = plain(output)
+    torch.testing.assert_close(logits(read), logits(merged), rtol=1e-4, atol=1e-4)
+    assert greedy(read) == greedy(merged)
