@@ -7,6 +7,7 @@ with whole_folder(output) as partial:       a temporary sibling
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import signal
@@ -55,7 +56,7 @@ def check_memory(needed: int, free: int) -> None:
 
 def leftovers(output: Path) -> list[Path]:
     """Temporary folders of exports to `output` that were killed, or are still running."""
-    return sorted(output.parent.glob(f".{output.name}.*.partial")) if output.parent.is_dir() else []
+    return sorted(output.parent.glob(f".{glob.escape(output.name)}.*.partial")) if output.parent.is_dir() else []
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_engine.errors import ConfigError, ExportError
+from dpo_engine.errors import ConfigError, ExportError, ModelError
 from dpo_engine.export.adapter import Adapter, check_fit, put_on, read_adapter
 from dpo_engine.export.check import NOTABLE, Answers, Difference, answers, compare, probe_sequences, require_same
 from dpo_engine.export.folder import check_disk, check_memory, check_output, leftovers, whole_folder
@@ -122,11 +122,15 @@ def run_export(options: ExportOptions, say: Say) -> dict[str, Any]:
 
 def _plan(options: ExportOptions, adapter: Adapter, path: str, config: Any, parameters: int, say: Say) -> _Merge:
     """Everything that could speak against a merge, asked before weights are read."""
+    folder = adapter.folder.resolve()
     output = (
-        Path(options.output).expanduser()
-        if options.output
-        else adapter.folder.with_name(adapter.folder.name + "-merged")
+        Path(options.output).expanduser().resolve() if options.output else folder.with_name(folder.name + "-merged")
     )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"the base {path} is stored quantised, and a merge needs full weights; give those with --base, and --load_in_4bit true "
+            "if the adapter was trained on 4 bits"
+        )
     check_output(output)
     for path_left in leftovers(output):
         say(f"note: {path_left} is of an export that was killed, or still runs; remove it if none runs")

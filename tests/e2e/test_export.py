@@ -277,7 +277,7 @@ def test_an_adapter_that_cannot_be_used_is_refused_in_one_line(
 
 
 def test_a_base_that_does_not_fit_is_refused_before_weights_are_read(
-    export: Export, adapter: Path, tmp_path: Path
+    export: Export, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     wide = save_base(tmp_path / "wide", hidden_size=48)
     for name in wide.glob("*.safetensors"):
@@ -290,6 +290,12 @@ def test_a_base_that_does_not_fit_is_refused_before_weights_are_read(
     assert "does not fit the base" in export.refused(*flags, wide)
     assert "needs code of its own" in export.refused(*flags, remote)
     assert "no such folder" in export.refused(*flags, tmp_path / "nowhere")
+    config = json.loads((base / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq", "bits": 4}
+    }
+    packed = Path(shutil.copytree(base, tmp_path / "packed"))
+    (packed / "config.json").write_text(json.dumps(config))
+    assert "is stored quantised" in export.refused(*flags, packed)
     assert not output.exists()
 
 
@@ -326,7 +332,8 @@ def test_a_place_that_cannot_take_it_is_refused(export: Export, adapter: Path, t
         patch.setattr(exporting, "free_bytes", lambda *_: 1000)
         assert "main memory" in export.refused(adapter, "--merge", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert export.run(adapter, "--merge", "--output", empty)[0] == 0, export.err
+    export.monkeypatch.chdir(empty)
+    assert export.run(adapter, "--merge", "--output", ".")[0] == 0, export.err
     assert (empty / "model.safetensors").is_file()
 
 
