@@ -38,3 +38,9 @@ class CacheError(EngineError, RuntimeError):
     """The reference cache cannot be read or written, or what it holds is not what the reference says."""
 
     exit_code = 1
+
+
+class ExportError(EngineError, RuntimeError):
+    """An export that had to stop: a merged model that is not the adapted one, a converter that failed, a full disk."""
+
+    exit_code = 1

@@ -155,6 +155,74 @@ def plan(
     plan_command(options, output=output, as_json=as_json)
 
 
+@app.command(short_help="Merge an adapter into its base, convert it to GGUF, print the commands that serve it.")
+def export(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter that training saved.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Write a plain model, adapter and base in one.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto (the base's own), float32, bfloat16 or float16.")] = "auto",
+    output: Annotated[
+        str | None, typer.Option(help="New folder of the merged model; ADAPTER-merged if not given.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Model it was trained on, if not where the adapter says.")] = None,
+    load_in_4bit: Annotated[
+        str, _both("--load_in_4bit", "Whether it was trained on 4-bit weights: auto (as recorded), true or false.")
+    ] = "auto",
+    gguf: Annotated[bool, typer.Option("--gguf", help="Merge, and convert with llama.cpp's own script.")] = False,
+    outtype: Annotated[
+        str, typer.Option(help="Of the GGUF file: f32, f16, bf16, q8_0, tq1_0, tq2_0 or auto.")
+    ] = "q8_0",
+    llama_cpp: Annotated[
+        str | None, _both("--llama_cpp", "Checkout of llama.cpp; else $LLAMA_CPP, else its script on PATH.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object as the last line of stdout; the text goes to stderr.")
+    ] = False,
+) -> None:
+    """Check an adapter against its base and print how to serve it; with --merge or --gguf, make a plain model of both.
+
+    The merged model is read back and compared with the adapter on its base before it appears under its name.
+    """
+    from dpo_engine.cli.export import export_command
+    from dpo_engine.export.run import ExportOptions
+
+    options = ExportOptions(
+        adapter=adapter,
+        merge=merge,
+        dtype=dtype,
+        output=output,
+        base=base,
+        load_in_4bit=load_in_4bit,
+        gguf=gguf,
+        outtype=outtype,
+        llama_cpp=llama_cpp,
+    )
+    export_command(options, as_json=as_json)
+
+
+@app.command(short_help="Talk to a model, or to an adapter on its base, in the terminal.")
+def chat(
+    model: Annotated[str, typer.Argument(help="Model folder, hub id, smollm2, or an adapter folder.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, _both("--max_new_tokens", "Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.")] = 0.7,
+    load_in_4bit: Annotated[bool, _both("--load_in_4bit", "Weights in 4 bits (NF4).")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16).")] = "auto",
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+) -> None:
+    """A line is a turn; stdin may be a pipe. /base switches the adapter off and on, /clear forgets, /exit ends."""
+    from dpo_engine.cli.chat import chat_command
+
+    chat_command(
+        model,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        in_4bit=load_in_4bit,
+        dtype=dtype,
+        seed=seed,
+    )
+
+
 cache_app = typer.Typer(
     help="Reference log-probs on disk. Every verb takes the keys and the YAML file of `dpo-engine train`, --reference_cache FOLDER "
     "among them.",

@@ -25,6 +25,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.adapters import ALL_LINEAR, add_lora
 from dpo_engine.model.existing_adapters import continue_adapter, merge_adapter, read_adapter
 from dpo_engine.model.loading import check_model, cpu_has_bf16, load_model, load_tokenizer, resolve_dtype, resolve_model
+from dpo_engine.train.card import write_run_card
 from dpo_engine.train.config import DTYPES, DPOConfig, require
 from dpo_engine.train.report import draw_training, summary_text
 from dpo_engine.train.samples import Answer, answers_to
@@ -320,6 +321,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         "picture": str(picture) if picture else None,
         "answers": [vars(answer) for answer in answers],
     }
+    write_run_card(output, config, prepared, result)
     say(summary_text(result, answers, picture))
     return result
 

@@ -23,9 +23,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"ops", "batch", "model"},
     "memory": {"model"},
     "train": {"ops", "losses", "batch", "data", "model", "reference", "memory"},
+    "export": {"ops", "batch", "data", "model", "reference", "train"},
     "pairs": {"model", "data"},
     "integrations": {"kernels", "ops", "losses", "batch", "data", "model", "reference", "memory", "train", "pairs"},
-    "cli": {"ops", "losses", "batch", "data", "model", "reference", "memory", "train", "pairs", "integrations"},
+    "cli": {
+        "ops",
+        "losses",
+        "batch",
+        "data",
+        "model",
+        "reference",
+        "memory",
+        "train",
+        "export",
+        "pairs",
+        "integrations",
+    },
 }
 
 # Parts that get along with these packages: the operator and the losses need torch alone.
