@@ -1,7 +1,8 @@
 # Set-up, demo, tests and checks. `make` alone lists them.
 #
 # PYTHON=python3.12 make demo     another interpreter for .venv (3.10 to 3.13)
-# make test PYTEST_ARGS='-k head' arguments handed on to pytest
+# make test PYTEST_ARGS='-k head' arguments handed on to pytest; '-n 0' runs all in one process
+# make test WORKERS=4            processes that share the tests; default: 2
 # make gpu PART=ops              a part of the checks on a card: correctness, ops or train; default: all
 # pip's own settings (PIP_INDEX_URL, pip.conf, ...) are respected.
 
@@ -9,12 +10,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+WORKERS ?= 2
 PART ?=
 GPU_ARGS ?=
 
 SETUP_FILES := setup.py pyproject.toml constraints.txt
 RUN_EXTRAS := train,demo,report
 DEV_EXTRAS := $(RUN_EXTRAS),dev
+
+# A file's tests stay in one process, since they share what its fixtures made. Files go out in the order of collection, in which
+# tests/conftest.py puts the longest first; by xdist's own order, that of the number of tests, they would come last.
+SHARED_OUT = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # pip shows its progress in a terminal and keeps quiet in a log.
 PIP_INSTALL = quiet=--quiet; [ -t 1 ] && quiet=; $(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e
@@ -29,7 +35,7 @@ demo: $(VENV)/.installed  ## train a real 135M model with DPO on the example pai
 	$(BIN)/dpo-engine train examples/demo.yaml
 
 test: $(VENV)/.installed-dev  ## run the tests, without those marked slow or gpu
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(SHARED_OUT) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev  ## run every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)

@@ -41,6 +41,7 @@ EXTRAS = {
         "mypy>=1.15",
         "pre-commit>=4.0",
         "pytest>=8.3",
+        "pytest-xdist>=3.7",
         "ruff>=0.11",
         "setuptools>=77",
         "types-PyYAML>=6.0",

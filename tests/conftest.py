@@ -1,4 +1,8 @@
-"""What every test starts from: a cache folder of the tests' own, so that no test finds what a person's runs left, or leaves it."""
+"""What every test starts from.
+
+A cache folder of the tests' own, so that no test finds what a person's runs left, or leaves it; and one thread where
+several processes share the tests.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,27 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from dpo_engine.ops.choice import cache_folder
+
+LONG_FILES = ("test_triton_kernels.py", "test_triton_aot.py", "test_linear_logps_triton.py")
+
+
+def pytest_configure() -> None:
+    """In a worker of pytest-xdist, one thread for torch and for every process that a test starts.
+
+    The other workers keep the other cores busy. Two threads each would wait for one another, and what tests compute is
+    too small to gain from a second one.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take a minute or more go out first: one that is begun last leaves the other workers idle."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,12 @@ def run_here(name: str, its: Any, out: Path) -> dict[str, Any]:
     return side.run(vars(its) | row.options | {"output_dir": str(out)})
 
 
+@pytest.fixture(scope="module")
+def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What a row found on `job(folder)`; run once, however many tests look at it."""
+    return cache(lambda name: run_here(name, job(folder), tmp_path_factory.mktemp(name)))
+
+
 def lengths(its: Any) -> list[tuple[int, int, int]]:
     return [(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in its.pairs]
 
@@ -69,9 +77,9 @@ def lengths(its: Any) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("name", ["engine_packed", "engine_shared"])
-def test_the_engine_computes_each_prompt_as_often_as_its_layout_says(name: str, folder: Path, tmp_path: Path) -> None:
+def test_the_engine_computes_each_prompt_as_often_as_its_layout_says(name: str, folder: Path, ran: Any) -> None:
     its = job(folder)
-    found = run_here(name, its, tmp_path)
+    found = ran(name)
     prompts = 1 if name == "engine_shared" else 2
     expected = [
         sum(prompts * p + c - 1 + r - 1 for p, c, r in lengths(its)[step : step + BATCH])
@@ -82,9 +90,9 @@ def test_the_engine_computes_each_prompt_as_often_as_its_layout_says(name: str, 
     assert len(found["step_seconds"]) == 1 and found["reference_s"] > 0
 
 
-def test_the_forced_layout_pads_and_computes_the_same(folder: Path, tmp_path: Path) -> None:
+def test_the_forced_layout_pads_and_computes_the_same(folder: Path, ran: Any) -> None:
     its = job(folder)
-    padded, shared = (run_here(name, its, tmp_path / name) for name in ("engine_padded", "engine_shared"))
+    padded, shared = ran("engine_padded"), ran("engine_shared")
     assert sum(padded["step_tokens"]) >= sum(2 * p + c - 1 + r - 1 for p, c, r in lengths(its))
     assert [e["loss"] for e in padded["log"]] == pytest.approx([e["loss"] for e in shared["log"]], abs=1e-5)
     assert padded["lines"][0] == "layout: padded (forced by the benchmark)"
@@ -99,9 +107,9 @@ def test_a_layout_that_was_not_in_use_is_refused() -> None:
 
 
 @needs_trl
-def test_trl_gets_the_same_tokens_and_comes_to_the_same_log_probs(folder: Path, tmp_path: Path) -> None:
+def test_trl_gets_the_same_tokens_and_comes_to_the_same_log_probs(folder: Path, ran: Any) -> None:
     its = job(folder)
-    found = {name: run_here(name, its, tmp_path / name) for name in ("engine_shared", "trl", "trl_compacted")}
+    found = {name: ran(name) for name in ("engine_shared", "trl", "trl_compacted")}
     rectangles = [
         2 * BATCH * max(p + max(c, r) for p, c, r in lengths(its)[step : step + BATCH])
         for step in range(0, PAIRS, BATCH)
