@@ -19,11 +19,15 @@ class GradientRecorder(TrainerCallback):
 
 
 def assert_same_gradients(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
-    """Within 1e-5 of each parameter's norm, or 1e-6 of the norm of all."""
+    """Within 1e-5 of each parameter's norm, or 1e-6 of the norm of all; as much again for each step behind it.
+
+    Adam divides by what may be small, so that what rounding changed in one step is larger in the next: in five steps that
+    only the number of threads told apart, 0.08, 0.4, 0.5, 0.5 and 1.6 times 1e-5.
+    """
     assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert mine.keys() == other.keys()
         scale = torch.stack([g.norm() for g in other.values()]).norm()
         for name in mine:
             difference = (mine[name] - other[name]).norm()
-            assert difference <= 1e-5 * max(other[name].norm().item(), 0.1 * scale.item()), name
+            assert difference <= (1 + step) * 1e-5 * max(other[name].norm().item(), 0.1 * scale.item()), name
