@@ -33,6 +33,8 @@ EXTRAS = {
     "demo": ["gguf>=0.17", "matplotlib>=3.9"],
     "report": ["matplotlib>=3.9"],
     "bench": ["matplotlib>=3.9", "psutil>=6.0"],
+    # Norms, rope and activations of the backbone in one kernel each, on a card.
+    "liger": ['liger-kernel>=0.6; platform_system == "Linux"'],
     # TRL 1.16 needs Python 3.11: on 3.10 this extra is empty.
     "trl": ['trl==1.16.*; python_version >= "3.11"'],
     "dev": [
@@ -59,7 +61,7 @@ setup(
     python_requires=">=3.10",
     packages=sorted({*find_packages(include=["dpo_engine", "dpo_engine.*"]), "dpo_engine.kernels"}),
     package_dir={"dpo_engine.kernels": "kernels"},
-    package_data={"dpo_engine": ["py.typed"]},
+    package_data={"dpo_engine": ["py.typed"], "dpo_engine.memory": ["configs/*.json"]},
     include_package_data=False,
     install_requires=[
         "torch>=2.9",

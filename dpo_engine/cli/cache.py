@@ -166,7 +166,7 @@ def _without_model(config: CacheConfig) -> CacheConfig:
 def _prepared(config: CacheConfig, say: Say, verb: str) -> PreparedRun:
     if not config.model:
         raise ConfigError(f"cache {verb} needs model and data, as dpo-engine train does")
-    prepared = prepare_run(config, say)
+    prepared = prepare_run(config, say, trains=False)
     if not prepared.trainer.method.needs_reference:
         raise ConfigError(f"the method {config.method} needs no reference; expected one that does, such as dpo")
     return prepared

@@ -44,7 +44,8 @@ def add_lora(
         model: a causal language model; its weights are frozen and keep their dtype.
         r: rank, at least 1.
         alpha: numerator of the scale `alpha / r`.
-        target_modules: names of linear layers (`q_proj`, ..., `lm_head`), or "all-linear" for every one but the head.
+        target_modules: names of linear layers (`q_proj`, ..., `lm_head`), or "all-linear" for every one of the decoder: not
+            the head, and no image tower, which no pair of text goes through.
         dropout: probability in [0, 1).
         head: an adapter on the head too.
         use_dora: the sum's columns are scaled to lengths that train (peft's DoRA); not on the head.
@@ -75,14 +76,28 @@ def add_lora(
         bias="none",
         use_dora=use_dora,
         use_rslora=use_rslora,
+        exclude_modules=(_beside_decoder(model) or None) if targets == ALL_LINEAR else None,
     )
     return get_peft_model(model, config)  # casts the adapters to float32
 
 
 def _all_linear(model: PreTrainedModel) -> list[str]:
-    """The full names that peft means by "all-linear": every linear layer but the head."""
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
+    """The full names of every linear layer of the decoder."""
+    head, beside = model.get_output_embeddings(), set(_beside_decoder(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not head and name not in beside
+    ]
+
+
+def _beside_decoder(model: PreTrainedModel) -> list[str]:
+    """The full names of linear layers that are neither of the text decoder nor the head: those of an image tower, say."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    inside = {id(module) for module in ([] if decoder is None else decoder.modules())}
+    found = [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
+    outside = [name for name in found if id(model.get_submodule(name)) not in inside]
+    return outside if len(outside) < len(found) else []  # a model that names no decoder of its own
 
 
 def _head_name(model: PreTrainedModel) -> str:

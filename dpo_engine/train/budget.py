@@ -169,10 +169,15 @@ def free_bytes(device: torch.device, model: nn.Module) -> int:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        import psutil  # accelerate brings it
-
-        free = min(psutil.virtual_memory().available, *_left_in_cgroup())
+        free = host_bytes()
     return max(0, free - 12 * trainable)
+
+
+def host_bytes() -> int:
+    """Bytes free on the host, for this container."""
+    import psutil  # accelerate brings it
+
+    return min(psutil.virtual_memory().available, *_left_in_cgroup())
 
 
 def _left_in_cgroup() -> list[int]:

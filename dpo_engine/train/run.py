@@ -27,6 +27,7 @@ from dpo_engine.model.existing_adapters import continue_adapter, merge_adapter, 
 from dpo_engine.model.loading import check_model, cpu_has_bf16, load_model, load_tokenizer, resolve_dtype, resolve_model
 from dpo_engine.train.card import write_run_card
 from dpo_engine.train.config import DTYPES, DPOConfig, require
+from dpo_engine.train.memory import RunMemory, answered, plan_run
 from dpo_engine.train.report import draw_training, summary_text
 from dpo_engine.train.samples import Answer, answers_to
 from dpo_engine.train.trainer import DPOTrainer
@@ -102,6 +103,10 @@ class TrainConfig(DPOConfig):
             "help": "Compute layers anew in the backward pass instead of keeping what they computed. On with load_in_4bit if "
             "not given, off without it."
         },
+    )
+    check_memory: bool = field(
+        default=True,
+        metadata={"help": "Refuse, before any weight is read, a run whose planned memory exceeds what is free."},
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     overwrite_output_dir: bool = field(
@@ -217,18 +222,23 @@ class PreparedRun:
     held_out: PairData | None
     tokenizer: Any
     model_path: str
+    memory: RunMemory | str
+    """What the run was planned at, or why it was not planned."""
 
 
-def prepare_run(config: TrainConfig, say: Say) -> PreparedRun:
+def prepare_run(config: TrainConfig, say: Say, *, trains: bool = True) -> PreparedRun:
     """Read data and model, refusing what cannot work in the order of its cost.
 
+    Args:
+        trains: whether a step is to come, for which memory is planned; scoring alone takes far less.
+
     Raises:
-        EngineError: input that cannot be used.
+        EngineError: input that cannot be used, or that does not fit.
     """
     train_source = _source(config.data, config.data_split, config)
     held_out_source = _source(config.eval_data, config.eval_split, config)
     model_path = resolve_model(config.model, progress=say)  # type: ignore[arg-type]
-    check_model(model_path)
+    model_config = check_model(model_path)
     tokenizer = load_tokenizer(model_path)
     data = _pairs(train_source, tokenizer, config, config.max_pairs)
     assert data is not None
@@ -236,16 +246,36 @@ def prepare_run(config: TrainConfig, say: Say) -> PreparedRun:
     for source in (data, held_out):
         for line in source.report.lines() if source else []:
             say(line)
-    trainer = DPOTrainer(
-        model=_load_policy(config, model_path, say),
-        args=config,
-        train_dataset=data,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
+    memory = plan_run(config, model_config, [*data.trees, *(held_out.trees if held_out else [])])
+    if trains:
+        _check_memory(config, memory, say)
+    with answered(memory):
+        trainer = DPOTrainer(
+            model=_load_policy(config, model_path, say),
+            args=config,
+            train_dataset=data,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
     trainer.references.say = say
     trainer.remove_callback(ProgressCallback)
-    return PreparedRun(trainer=trainer, data=data, held_out=held_out, tokenizer=tokenizer, model_path=str(model_path))
+    return PreparedRun(
+        trainer=trainer,
+        data=data,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        model_path=str(model_path),
+        memory=memory,
+    )
+
+
+def _check_memory(config: TrainConfig, memory: RunMemory | str, say: Say) -> None:
+    if isinstance(memory, str):
+        say(f"memory: no plan ({memory})")
+        return
+    if config.check_memory:
+        memory.check()
+    say(memory.line())
 
 
 def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
@@ -276,11 +306,12 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         say(line)
 
     prompts = [tree.prompt_ids for tree in held_out.trees[: config.sample_prompts]] if held_out else []
-    before = _judge(trainer, held_out, say, "before training")
-    answers_before = answers_to(model, tokenizer, prompts, config.sample_tokens)
-    trainer.train(resume_from_checkpoint=config.resume or None)
-    after = _judge(trainer, held_out, say, "after training")
-    answers_after = answers_to(model, tokenizer, prompts, config.sample_tokens)
+    with answered(prepared.memory, trainer.budget.tokens):
+        before = _judge(trainer, held_out, say, "before training")
+        answers_before = answers_to(model, tokenizer, prompts, config.sample_tokens)
+        trainer.train(resume_from_checkpoint=config.resume or None)
+        after = _judge(trainer, held_out, say, "after training")
+        answers_after = answers_to(model, tokenizer, prompts, config.sample_tokens)
     answers = [
         Answer(prompt=_user_text(row.prompt), before=b, after=a)
         for row, b, a in zip(held_out.rows if held_out else [], answers_before, answers_after, strict=False)
@@ -312,6 +343,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
         "reference_rows_reused": trainer.references.filled.reused,
         "reference_rows_computed": trainer.references.filled.computed,
         "peak_rss_mb": _peak_rss_mb(),
+        "planned_mb": None if isinstance(prepared.memory, str) else round(prepared.memory.planned / 2**20, 1),
         "peak_cuda_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
         "dtype": str(resolve_dtype(config.dtype)).removeprefix("torch."),
         "device": str(config.device),

@@ -192,3 +192,19 @@ def test_a_head_tied_to_the_embeddings_gets_no_adapter_of_its_own() -> None:
 def test_a_value_out_of_range_is_refused(options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         add_lora(tiny_model("Llama"), **options)
+
+
+def test_all_linear_leaves_an_image_tower_alone_which_no_pair_of_text_goes_through() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = {"model_type": "gemma3_text", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300, "pad_token_id": 0}
+    tower = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False}
+    tokens = {"image_token_index": 299, "boi_token_index": 297, "eoi_token_index": 298, "mm_tokens_per_image": 4}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gemma3", text_config=text, vision_config=tower, **tokens)
+    )
+    policy = add_lora(model, r=4)
+    adapted = {name.split(".lora_A")[0] for name, _ in policy.named_parameters() if ".lora_A." in name}
+    assert len(adapted) == 2 * 7 and all("language_model" in name for name in adapted)

@@ -1,0 +1,70 @@
+"""What is every key of `dpo-engine train`? A page, written from the configuration itself, so that it cannot be out of date.
+
+python -m dpo_engine.cli.reference_page > docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from typing import Any
+
+from transformers import TrainingArguments, __version__
+
+from dpo_engine.train.config import DPOConfig
+from dpo_engine.train.run import TrainConfig
+
+_HEAD = """# Every key of a run
+
+<!-- Written by `python -m dpo_engine.cli.reference_page`; a test holds this page to the configuration. -->
+
+Keys of the YAML file that `dpo-engine train` takes, and its flags (`--key value`), are the fields of one configuration;
+flags win over the file. `DPOConfig` has the second and third table as arguments. A key that is not here is refused, with
+the nearest that is. Where the default reads "none", the text says what that means."""
+_TITLES = {
+    TrainConfig: "Of the command: model, data, adapters, output",
+    DPOConfig: "Of the trainer",
+    TrainingArguments: f"From `transformers.TrainingArguments`, as version {__version__} has them",
+}
+
+
+def page() -> str:
+    """The page, as Markdown."""
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig) if field.init}
+    left, parts = set(fields), [_HEAD]
+    for owner, title in _TITLES.items():
+        own = [name for name in (*inspect.get_annotations(owner), *fields) if name in left]
+        if owner is not TrainingArguments:
+            own = [name for name in own if name in inspect.get_annotations(owner)]
+        left -= set(own)
+        parts += ["", f"## {title}", "", "| key | type | default | what it is |", "|---|---|---|---|"]
+        parts += [_row(fields[name]) for name in dict.fromkeys(own)]
+    return "\n".join(parts) + "\n"
+
+
+def _row(field: dataclasses.Field[Any]) -> str:
+    default: Any = field.default
+    if default is dataclasses.MISSING:
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else "(must be given)"
+    default = getattr(default, "value", default)
+    shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%").replace("|", "\\|")
+    shown = f"`{shown}`" if shown else '`""`'
+    return f"| `{field.name}` | {_kind(field.type)} | {shown} | {text} |"
+
+
+def _kind(annotation: Any) -> str:
+    """A type as people write it in YAML."""
+    if not isinstance(annotation, str):
+        arguments = typing.get_args(annotation)
+        kinds = [_kind(argument) for argument in arguments if argument is not type(None)]
+        if typing.get_origin(annotation) in (list, dict) or not arguments:
+            return getattr(annotation, "__name__", str(annotation))
+        return " or ".join(dict.fromkeys(kinds))
+    words = [word.strip() for word in annotation.replace("Optional[", "").replace("Union[", "").split("|")]
+    return " or ".join(word.rstrip("]") if "[" not in word else word for word in words if word != "None")
+
+
+if __name__ == "__main__":
+    print(page(), end="")

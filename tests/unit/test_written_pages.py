@@ -1,0 +1,42 @@
+"""Are the pages and examples that a command writes what the command would write now?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpo_engine.memory.cards import read_card
+from dpo_engine.memory.plan import make_plan
+from dpo_engine.memory.recipe import recipe
+from dpo_engine.memory.shapes import shipped_config, shipped_shape
+from dpo_engine.memory.step import StepSettings
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_of_every_key_is_as_the_configuration_has_them() -> None:
+    transformers = pytest.importorskip("transformers")
+    from dpo_engine.cli.reference_page import page
+
+    said, now = (ROOT / "docs" / "configuration.md").read_text("utf-8"), page()
+    until = None if f"as version {transformers.__version__} has them" in said else "## From `transformers"
+    assert said.split(until)[0] == now.split(until)[0] if until else said == now, (
+        "run: python -m dpo_engine.cli.reference_page > docs/configuration.md"
+    )
+
+
+@pytest.mark.parametrize("size", ["12GB", "16GB", "24GB"])
+def test_the_qlora_examples_are_as_the_plan_writes_them(size: str) -> None:
+    plan = make_plan(shipped_shape("qwen3-8b"), StepSettings(), read_card(size))
+    wanted = recipe(plan, model=shipped_config("qwen3-8b")["_name_or_path"])
+    assert (ROOT / "examples" / f"qlora-8b-{size.lower()}.yaml").read_text("utf-8") == wanted, (
+        f"run: dpo-engine plan --model qwen3-8b --gpu {size} --output examples/qlora-8b-{size.lower()}.yaml"
+    )
+
+
+def test_the_readme_has_the_table_that_plan_prints() -> None:
+    pytest.importorskip("typer")
+    from dpo_engine.cli.plan import table
+
+    assert table() in (ROOT / "README.md").read_text("utf-8"), "put what `dpo-engine plan` prints into README.md"
