@@ -3,7 +3,7 @@
 # PYTHON=python3.12 make demo     another interpreter for .venv (3.10 to 3.13)
 # make test PYTEST_ARGS='-k head' arguments handed on to pytest; '-n 0' runs all in one process
 # make test WORKERS=4            processes that share the tests; default: 2
-# make gpu PART=ops              a part of the checks on a card: correctness, ops or train; default: all
+# make gpu PART=ops              a part of the checks on a card: correctness, ops, train or memory; default: all
 # pip's own settings (PIP_INDEX_URL, pip.conf, ...) are respected.
 
 PYTHON ?= python3

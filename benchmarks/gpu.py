@@ -3,6 +3,7 @@
     make gpu                          every part, with the Python that $(PYTHON) names
     make gpu PART=correctness         the kernels' and the operator's tests on the card
     make gpu PART=ops                 the operator beside bare GEMMs and peers: benchmarks/ops.py
+    make gpu PART=memory              QLoRA by length, within 12, 16 and 24 GB: benchmarks/gpu_memory.py
     make gpu PART=train               a Llama-3.1-8B-shaped model trained beside TRL: benchmarks/gpu_train.py
     make gpu PART=ops GPU_ARGS='--shapes 8192,4096,128256'      all of the time for one shape
 
@@ -116,7 +117,24 @@ def train(job: Job) -> list[Step]:
     return [Step(name=weights, command=command(weights)) for weights in ("bf16", "nf4")]
 
 
-PARTS: dict[str, Callable[[Job], list[Step]]] = {"correctness": correctness, "ops": ops, "train": train}
+def memory(job: Job) -> list[Step]:
+    """Each length on the card as it is; then, in processes of their own, what must fit a smaller one."""
+    run = [sys.executable, str(ROOT / "benchmarks" / "gpu_memory.py"), "--device", job.device]
+    run += ["--records", str(job.folder / "memory.jsonl"), *(["--tiny"] if job.device == "cpu" else []), *job.rest]
+
+    def command(more: Sequence[str]) -> Command:
+        return lambda seconds: [*run, *more, "--budget_s", f"{max(1.0, 0.85 * seconds):.0f}"]
+
+    caps = [Step(name=f"within {cap} GB", command=command(["--cap", cap])) for cap in ("12", "16", "24")]
+    return [Step(name="lengths", command=command([]), weight=4.0), *caps]
+
+
+PARTS: dict[str, Callable[[Job], list[Step]]] = {
+    "correctness": correctness,
+    "ops": ops,
+    "train": train,
+    "memory": memory,
+}
 
 
 # ---- running a part ----

@@ -44,7 +44,7 @@ def llama_config(*, tiny: bool) -> LlamaConfig:
 
 
 def make_model(config: LlamaConfig, weights: str, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A frozen model with random weights.
+    """A frozen model with random weights, one layer's at a time: for NF4 no more than one is ever there in `dtype`.
 
     Raises:
         ImportError: `weights` is nf4 and bitsandbytes is not installed.
@@ -53,13 +53,20 @@ def make_model(config: LlamaConfig, weights: str, device: str, dtype: torch.dtyp
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
+        with torch.device("meta"):
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if weights == "nf4" and type(module) is nn.Linear and module is not head:
+            model.set_submodule(name, _nf4(_drawn(module, config, device), dtype))
+        else:
+            _drawn(module, config, device)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its buffers are computed, not drawn
     model.requires_grad_(False)
     if weights == "nf4":
-        _quantise(model.model, dtype)
         model.is_loaded_in_4bit = True  # what peft and TRL ask a quantised model
         gc.collect()
         if device == "cuda":
@@ -67,26 +74,34 @@ def make_model(config: LlamaConfig, weights: str, device: str, dtype: torch.dtyp
     return model.eval()
 
 
-def _quantise(decoder: nn.Module, dtype: torch.dtype) -> None:
-    """Put NF4 layers with double quantisation in the place of the linear ones."""
+def _drawn(module: Any, config: LlamaConfig, device: str) -> Any:
+    """The module with parameters of its own on the device: norms of ones, anything else as transformers draws it."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            made = made.fill_(1.0) if parameter.ndim == 1 else made.normal_(std=config.initializer_range)
+            module._parameters[name] = nn.Parameter(made, requires_grad=False)
+    return module
+
+
+def _nf4(module: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """An NF4 layer with double quantisation, of a linear layer's weights."""
     import bitsandbytes
 
-    for name in [name for name, module in decoder.named_modules() if type(module) is nn.Linear]:
-        module = decoder.get_submodule(name)
-        layer: Any = bitsandbytes.nn.Linear4bit(
-            module.in_features,
-            module.out_features,
-            bias=False,
-            compute_dtype=dtype,
-            compress_statistics=True,
-            quant_type="nf4",
-            device="meta",
-        )
-        weight = module.weight.data
-        layer.weight = bitsandbytes.nn.Params4bit(  # quantised as it is moved
-            weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-        ).to(weight.device)
-        decoder.set_submodule(name, layer)
+    layer: Any = bitsandbytes.nn.Linear4bit(
+        module.in_features,
+        module.out_features,
+        bias=False,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight = module.weight.data
+    layer.weight = bitsandbytes.nn.Params4bit(  # quantised as it is moved
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+    ).to(weight.device)
+    return layer
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

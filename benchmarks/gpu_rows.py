@@ -61,6 +61,8 @@ class Settings:
     max_length: int
     forest_tokens: int | None
     limit_s: float  # of one row
+    optim: str = "adamw_torch_fused"
+    micro: int | None = None  # pairs in TRL's micro-batch, instead of the row's
 
 
 def run_row(name: str, model: nn.Module, pairs: list[Record], settings: Settings, until: float) -> Record:
@@ -94,6 +96,7 @@ def run_row(name: str, model: nn.Module, pairs: list[Record], settings: Settings
                 "first_grad_norm": log["grad_norm"],
                 "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                 "peak_mb": _peak_mb(settings.device),
+                "reserved_mb": torch.cuda.max_memory_reserved() / 2**20 if settings.device == "cuda" else None,
                 **({"layout": trainer.layout.name, "lines": trainer.lines()} if row.side == "engine" else {}),
             }
             del trainer
@@ -139,7 +142,7 @@ def _with_trl(
     from trl.trainer import dpo_trainer
 
     disable_progress_bars()
-    micro = min(row.micro or settings.step, settings.step)
+    micro = min(settings.micro or row.micro or settings.step, settings.step)
     if settings.step % micro:
         raise ValueError(f"a step of {settings.step} pairs is no multiple of TRL's micro-batch of {micro}")
     # Before it precomputes, TRL copies the model to the host and hashes it as float32, for the name of a cache file. That is no
@@ -173,6 +176,7 @@ def common_arguments(settings: Settings, folder: str) -> Record:
         "max_length": settings.max_length,
         "max_steps": settings.steps,
         "learning_rate": 5e-6,
+        "optim": settings.optim,
         "train_sampling_strategy": "sequential",
         "bf16": on_gpu,
         "use_cpu": not on_gpu,

@@ -44,9 +44,10 @@ def page() -> str:
 
 
 def _row(field: dataclasses.Field[Any]) -> str:
+    factory: Any = field.default_factory
     default: Any = field.default
     if default is dataclasses.MISSING:
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else "(must be given)"
+        default = "(must be given)" if factory is dataclasses.MISSING else factory()
     default = getattr(default, "value", default)
     shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
     text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%").replace("|", "\\|")

@@ -186,8 +186,8 @@ def test_make_gpu_installs_nothing() -> None:
 
 
 def test_a_part_that_does_not_exist_is_refused_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["memory", "ops"]) == 2
-    assert "no part memory; expected correctness or ops" in capsys.readouterr().err
+    assert gpu.main(["speed", "ops"]) == 2
+    assert "no part speed; expected correctness or ops" in capsys.readouterr().err
 
 
 def test_a_python_without_torch_or_pytest_is_refused_by_name() -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_engine.memory.shapes import ModelShape, read_shape, shipped_config, shipped_names
 from dpo_engine.memory.step import StepSettings, step_parts
@@ -83,6 +83,21 @@ def test_qlora_of_a_large_model_is_planned_within_a_twentieth_of_its_trace(name:
 def test_other_settings_are_planned_as_well(settings: StepSettings, tokens: int) -> None:
     traced, planned = held("llama-3.1-8b", tokens, settings, layers=2)
     assert planned == pytest.approx(traced, rel=MOST_OFF)
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "granite", "smollm3"])
+def test_families_of_which_no_model_comes_along_are_planned_as_well(model_type: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 16}
+    sizes |= {"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 32000, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, **sizes)
+    shape = read_shape(config.to_dict(), model_type)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    lora = {"r": 16, "target_modules": "all-linear"}
+    traced = trace_step(config, tokens=3072, in_4bit=True, lora=lora, checkpointing=True)
+    assert step_parts(shape, QLORA, 3072).allocated == pytest.approx(traced.peak, rel=MOST_OFF)
 
 
 @pytest.mark.slow
