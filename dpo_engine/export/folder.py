@@ -49,7 +49,7 @@ def check_memory(needed: int, free: int) -> None:
     """Raise an `ExportError` unless `needed` bytes of memory are free."""
     if needed > free:
         raise ExportError(
-            f"the merge is done in float32 in main memory and takes {_gib(needed)}, and {_gib(free)} are free; make room, or serve "
+            f"the merge is done in main memory and takes {_gib(needed)}, and {_gib(free)} are free; make room, or serve "
             "base and adapter as they are (without --merge the commands are printed)"
         )
 

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dpo_engine.errors import ConfigError, ExportError, ModelError
 from dpo_engine.export.adapter import Adapter, check_fit, put_on, read_adapter
 from dpo_engine.export.check import NOTABLE, Answers, Difference, answers, compare, probe_sequences, require_same
 from dpo_engine.export.folder import check_disk, check_memory, check_output, leftovers, whole_folder
 from dpo_engine.export.gguf import OUTTYPES, by_hand_lines, convert, find_converter
-from dpo_engine.export.merge import float32_base, merge, round_once
+from dpo_engine.export.merge import held_in, merge, quantised_base, round_once
 from dpo_engine.export.serving import adapter_lines, merged_lines
+from dpo_engine.export.wide import in_float32
 from dpo_engine.model.loading import DTYPES, check_model, load_model, load_tokenizer, resolve_model
-from dpo_engine.train.budget import free_bytes
+from dpo_engine.train.budget import host_bytes
 from dpo_engine.train.card import SCHEMA as CARD_SCHEMA
 from dpo_engine.train.card import shape_of, stated_license, versions, write_card
 
@@ -67,7 +67,10 @@ class _Merge:
     tokenizer: Any
     output: Path
     dtype: torch.dtype
+    held: torch.dtype
+    """What weights are kept in while they are merged."""
     four_bit: torch.dtype | None
+    """The dtype that a 4-bit run read the base in; None for weights that are no NF4."""
 
 
 def run_export(options: ExportOptions, say: Say) -> dict[str, Any]:
@@ -134,12 +137,15 @@ def _plan(options: ExportOptions, adapter: Adapter, path: str, config: Any, para
     check_output(output)
     for path_left in leftovers(output):
         say(f"note: {path_left} is of an export that was killed, or still runs; remove it if none runs")
-    dtype = _base_dtype(path, config) if options.dtype == "auto" else DTYPES[options.dtype]
+    stored = _base_dtype(path, config)
+    dtype = stored if options.dtype == "auto" else DTYPES[options.dtype]
     from_4bit = adapter.from_4bit if options.load_in_4bit == "auto" else options.load_in_4bit == "true"
+    four_bit = DTYPES[(adapter.facts or {}).get("dtype") or "bfloat16"] if from_4bit else None
+    held = held_in(dtype, four_bit or stored)
     gguf = int(parameters * OUTTYPES[options.outtype]) if options.gguf else 0
     check_disk(output, parameters * dtype.itemsize + gguf)
-    # The whole model in float32, one layer's delta, and beside it the 4-bit weights as they are made.
-    check_memory(int(parameters * (5.0 if from_4bit else 4.2)), free_bytes(torch.device("cpu"), nn.Module()))
+    # The whole model as it is held, a layer in float32, and the 4-bit weights beside it with their embeddings.
+    check_memory(int(parameters * (1.1 * held.itemsize + (0.9 if from_4bit else 0))), host_bytes())
     return _Merge(
         adapter=adapter,
         path=path,
@@ -147,7 +153,8 @@ def _plan(options: ExportOptions, adapter: Adapter, path: str, config: Any, para
         tokenizer=_tokenizer(adapter, path),
         output=output,
         dtype=dtype,
-        four_bit=DTYPES[(adapter.facts or {}).get("dtype") or "bfloat16"] if from_4bit else None,
+        held=held,
+        four_bit=four_bit,
     )
 
 
@@ -155,34 +162,26 @@ def _merge(plan: _Merge, say: Say) -> dict[str, Any]:
     name = str(plan.dtype).removeprefix("torch.")
     probes = probe_sequences(plan.tokenizer, plan.config)
     base = f"what NF4 makes of {plan.path}" if plan.four_bit else plan.path
-    say(f"merging into {base} in float32; to be written in {name} to {plan.output}")
-    in_4bit = _as_trained(plan, probes) if plan.four_bit else None
-    policy = put_on(float32_base(plan.path, four_bit=plan.four_bit), plan.adapter)
-    wanted = answers(policy, probes)
-    with policy.disable_adapter():
-        effect = compare(wanted, answers(policy, probes, wanted)).mean
-    model = merge(policy)
-    del policy
-    exact = compare(wanted, answers(model, probes, wanted))
-    require_same(exact, torch.float32)
-    say(f"merged in float32, against the adapter on its base: {exact.line()}")
+    say(f"merging into {base}, each layer in float32; to be written in {name} to {plan.output}")
+    model, wanted, effect, check_4bit = _merged(plan, probes)
     round_once(model, plan.dtype)
     with whole_folder(plan.output) as partial:
         _write(model, plan, partial)
         del model
         gc.collect()
-        difference = compare(wanted, answers(_read_back(partial), probes, wanted))
+        written = _read_back(partial, plan.dtype)
+        with in_float32(written):
+            difference = compare(wanted, answers(written, probes, wanted))
+        del written
         require_same(difference, plan.dtype)
-        say(f"read back from the {name} files, against the same: {difference.line()}")
+        say(f"read back from the {name} files, against the adapter on its base: {difference.line()}")
         say(f"for comparison, the adapter itself moves a token by {effect:.2e} nats on average")
         if effect and difference.mean > NOTABLE * effect:
             say(
                 f"note: rounding to {name} takes back or adds {difference.mean / effect:.0%} of that; --dtype float32, or float16, "
                 "keeps more of what was learnt"
             )
-        check_4bit = None
-        if in_4bit is not None:
-            check_4bit = compare(wanted, in_4bit(wanted))
+        if check_4bit is not None:
             say(f"the 4-bit weights as they are computed in training, against the same: {_numbers(check_4bit)}")
         export = {"dtype": name, "from_4bit": plan.four_bit is not None, "effect": effect, "check": vars(difference)}
         write_card(partial, _facts(plan) | {"export": export})
@@ -194,15 +193,27 @@ def _merge(plan: _Merge, say: Say) -> dict[str, Any]:
     }
 
 
-def _as_trained(plan: _Merge, probes: list[list[int]]) -> Callable[[Answers], Answers]:
-    """What the adapter on 4-bit weights says, computed as in training; asked once the tokens are known."""
+def _merged(plan: _Merge, probes: list[list[int]]) -> tuple[Any, Answers, float, Difference | None]:
+    """The merged model, what the adapter on its base says, how far it moves a token, and how far 4 bits are from that."""
+    quantised = check_4bit = None
+    if plan.four_bit is not None:
+        policy = put_on(quantised_base(plan.path, plan.four_bit), plan.adapter)
+        wanted, effect = _answers_and_effect(policy, probes)
+        check_4bit = compare(wanted, answers(policy, probes, wanted))
+        quantised = policy.unload()
+    plain: Any = load_model(plan.path, dtype=plan.four_bit or plan.held, trainable=False)
+    policy = put_on(plain.to(plan.held), plan.adapter)
+    if plan.four_bit is None:
+        wanted, effect = _answers_and_effect(policy, probes)
+    return merge(policy, plan.dtype, quantised), wanted, effect, check_4bit
 
-    def ask(wanted: Answers) -> Answers:
-        assert plan.four_bit is not None
-        base = load_model(plan.path, dtype=plan.four_bit, trainable=False, in_4bit=True)
-        return answers(put_on(base, plan.adapter), probes, wanted)
 
-    return ask
+def _answers_and_effect(policy: Any, probes: list[list[int]]) -> tuple[Answers, float]:
+    with in_float32(policy):
+        wanted = answers(policy, probes)
+        with policy.disable_adapter():
+            effect = compare(wanted, answers(policy, probes, wanted)).mean
+    return wanted, effect
 
 
 def _write(model: Any, plan: _Merge, folder: Path) -> None:
@@ -229,8 +240,8 @@ def _write(model: Any, plan: _Merge, folder: Path) -> None:
     plan.tokenizer.save_pretrained(folder)
 
 
-def _read_back(folder: Path) -> Any:
-    return load_model(str(folder), dtype=torch.float32, trainable=False)
+def _read_back(folder: Path, dtype: torch.dtype) -> Any:
+    return load_model(str(folder), dtype=dtype, trainable=False)
 
 
 def _tokenizer(adapter: Adapter, path: str) -> Any:

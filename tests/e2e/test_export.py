@@ -329,7 +329,7 @@ def test_a_place_that_cannot_take_it_is_refused(export: Export, adapter: Path, t
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**6, 10**6))
         assert "GiB, and 0.00 GiB are free there" in export.refused(adapter, "--merge", "--output", tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "free_bytes", lambda *_: 1000)
+        patch.setattr(exporting, "host_bytes", lambda: 1000)
         assert "main memory" in export.refused(adapter, "--merge", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     export.monkeypatch.chdir(empty)
@@ -345,7 +345,7 @@ def test_a_value_out_of_range_is_refused(export: Export, adapter: Path, flags: l
 def test_a_merge_that_says_something_else_is_not_kept(
     export: Export, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(folder: Path) -> Any:
+    def spoilt(folder: Path, dtype: torch.dtype) -> Any:
         model = plain(folder)
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.weight[0] += 0.05
@@ -371,7 +371,7 @@ def test_a_signal_after_the_write_and_before_the_rename_leaves_nothing(
 ) -> None:
     seen = []
 
-    def interrupted(folder: Path) -> Any:
+    def interrupted(folder: Path, dtype: torch.dtype) -> Any:
         seen.append((folder / "model.safetensors").is_file())
         os.kill(os.getpid(), number)
         return plain(folder)
