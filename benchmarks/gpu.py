@@ -107,14 +107,22 @@ def ops(job: Job) -> list[Step]:
 
 
 def train(job: Job) -> list[Step]:
-    """One process for each kind of weights, since both models need the card's memory."""
+    """One process for each kind of weights, since both models need the card's memory; one for what Liger's kernels buy."""
 
-    def command(weights: str) -> Command:
+    def command(weights: str, *more: str) -> Command:
         run = [sys.executable, str(ROOT / "benchmarks" / "gpu_train.py"), "--device", job.device, "--weights", weights]
-        run += ["--records", str(job.folder / "train.jsonl"), *(["--tiny"] if job.device == "cpu" else []), *job.rest]
+        run += [
+            "--records",
+            str(job.folder / "train.jsonl"),
+            *(["--tiny"] if job.device == "cpu" else []),
+            *job.rest,
+            *more,
+        ]
         return lambda seconds: [*run, "--budget_s", f"{max(1.0, 0.85 * seconds):.0f}"]
 
-    return [Step(name=weights, command=command(weights)) for weights in ("bf16", "nf4")]
+    liger = command("nf4", "--lengths", "ultrafeedback", "--rows", "engine", "engine_liger")
+    steps = [Step(name=weights, command=command(weights)) for weights in ("bf16", "nf4")]
+    return [*steps, Step(name="liger", command=liger, weight=0.5)]
 
 
 def memory(job: Job) -> list[Step]:

@@ -36,6 +36,7 @@ class Row:
     precompute: bool
     checkpointing: bool
     micro: int | None = None  # pairs in TRL's micro-batch; the engine is given a step and packs it
+    liger: bool = False  # Liger's norms, rope and activations; what it replaces stays replaced, so such rows come last
 
 
 # In the order in which they are measured: what the targets need comes first.
@@ -46,7 +47,10 @@ ROWS = {
     "engine_stored": Row(side="engine", precompute=True, checkpointing=False),
     "trl_stored": Row(side="trl", precompute=True, checkpointing=False, micro=2),
     "engine_default": Row(side="engine", precompute=False, checkpointing=False),
+    "engine_liger": Row(side="engine", precompute=True, checkpointing=True, liger=True),
 }
+USUAL = tuple(name for name, row in ROWS.items() if not row.liger)
+"""Rows that leave the model as it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,8 @@ def run_row(name: str, model: nn.Module, pairs: list[Record], settings: Settings
     """
     row = ROWS[name]
     why = missing_packages("trl", "datasets") if row.side == "trl" else None
+    if row.liger:
+        why = missing_packages("liger_kernel") or ("n/a: needs a CUDA device" if settings.device != "cuda" else None)
     if why:
         return {"status": why}
     watch = StepWatch(model.get_input_embeddings(), until=until)  # type: ignore[operator]
@@ -126,6 +132,7 @@ def _with_engine(
             precompute_ref_log_probs=row.precompute,
             reference_cache="off",
             max_tokens_per_forest=settings.forest_tokens,
+            use_liger_kernel="on" if row.liger else "off",
         ),
         train_dataset=pair_data(pairs),
         peft_config=lora(),

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from gpu_model import WEIGHTS, llama_config, make_model
 from gpu_pairs import LENGTHS, draw_pairs
-from gpu_rows import ROWS, Record, Settings, run_row
+from gpu_rows import ROWS, USUAL, Record, Settings, run_row
 from gpu_tables import show
 from roofline import card_of
 from train_flops import gemm_tflops, model_flops
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--weights", default="bf16", choices=list(WEIGHTS))
     made.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
-    made.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    made.add_argument("--rows", nargs="+", default=list(USUAL), choices=list(ROWS))
     made.add_argument("--step", type=int, default=16, help="pairs a step")
     made.add_argument("--steps", type=int, default=3, help="the first is not timed")
     made.add_argument("--max_length", type=int, default=1024)

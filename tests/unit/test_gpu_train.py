@@ -84,10 +84,13 @@ def test_what_finds_no_time_is_not_run() -> None:
 def test_make_gpu_hands_its_time_on(tmp_path: Path) -> None:
     job = gpu.Job(device="cuda", shapes=(), folder=tmp_path, rest=("--lengths", "hh"))
     steps = gpu.PARTS["train"](job)
-    assert [step.name for step in steps] == ["bf16", "nf4"]
+    assert [step.name for step in steps] == ["bf16", "nf4", "liger"]
     command = steps[1].command(100.0)
     assert command[command.index("--budget_s") + 1] == "85" and "--tiny" not in command
     assert command[command.index("--weights") + 1] == "nf4" and command[command.index("--lengths") + 1] == "hh"
+    # What Liger replaces stays replaced: its row comes last, in a process of its own, and in no other.
+    liger = gpu_train.parser().parse_args(steps[2].command(100.0)[2:])
+    assert liger.rows == ["engine", "engine_liger"] and "engine_liger" not in gpu_rows.USUAL
 
 
 # ---- pairs, arithmetic, model ----
