@@ -31,6 +31,7 @@ from train_rows import missing_packages
 
 sys.path.insert(0, str(ROOT))
 
+from dpo_engine.memory.cards import read_card
 from dpo_engine.memory.shapes import ModelShape, read_shape
 from dpo_engine.memory.step import MIB, StepSettings, step_parts
 
@@ -68,7 +69,8 @@ def pair_tokens(length: int) -> int:
 def planned_mb(shape: ModelShape, length: int, device: str) -> float:
     """What the plan says an allocator gives out for a pair of that length."""
     compute = "bfloat16" if device == "cuda" else "float32"
-    return step_parts(shape, StepSettings(compute=compute, device=device), pair_tokens(length)).allocated / MIB
+    parts = step_parts(shape, StepSettings(compute=compute, device=device), pair_tokens(length))
+    return (parts.allocated - parts.optimiser) / MIB  # a paged optimiser's state is not the allocator's
 
 
 def measured(
@@ -117,7 +119,7 @@ def longest_that_fits(records: Sequence[Record], cap: float, lengths: Sequence[i
         record["length"]
         for record in records
         if record.get("row") == "engine" and record.get("status") == "measured" and not record.get("cap_gb")
-        if record["length"] in lengths and needs_mb(record) <= cap * 1024
+        if record["length"] in lengths and needs_mb(record) <= read_card(f"{cap:g}GB").memory / MIB
     ]
     return max(fitting, default=None)
 
@@ -164,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lengths, rows, more = [longest], ["engine"], {"cap_gb": args.cap}
         if args.device == "cuda":
             total = torch.cuda.mem_get_info()[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 2**30 / total))
+            given = read_card(f"{args.cap:g}GB").memory - CONTEXT_MB * MIB  # the fraction is of the allocator alone
+            torch.cuda.set_per_process_memory_fraction(min(1.0, given / total))
     failed = False
     for found in measured(
         lengths, rows, device=args.device, tiny=args.tiny, limit_s=args.limit_s, until=begin + args.budget_s

@@ -82,7 +82,7 @@ def _cells(record: Record | None, cap: int, under_cap: str | None) -> Iterable[s
         return (NOT, NOT, NOT)
     needed = record["peak_mb"] + CONTEXT_MB
     peak = f"{record['peak_mb'] / 1024:.1f}"
-    if needed > cap * 1024:
+    if needed > read_card(f"{cap}GB").memory / 2**20:
         return (f"{peak}: does not fit", "-", "-")
     peak += {None: "", "measured": ", trained within the cap"}.get(under_cap, f", under the cap: {under_cap}")
     return (peak, f"{record['tokens_per_s']:.0f}", f"{record['pairs_per_s']:.2f}")

@@ -99,6 +99,8 @@ class _Chat:
         if longest is not None and ids.shape[1] >= longest:
             _say(f"that makes {ids.shape[1]} tokens, and the model reads {longest}; /clear forgets what was said")
             return
+        room = self._sampling["max_new_tokens"] if longest is None else longest - ids.shape[1]
+        limits = {"max_new_tokens": min(self._sampling["max_new_tokens"], room)}
         streamer = _Collecting(tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             with torch.no_grad(), self._speaking():
@@ -108,7 +110,7 @@ class _Chat:
                     streamer=streamer,
                     pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
                     eos_token_id=_ends(model, tokenizer),
-                    **self._sampling,
+                    **(self._sampling | limits),
                 )
         except KeyboardInterrupt:
             streamer.end()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,12 @@ def plan_command(options: PlanOptions, *, output: str | None, as_json: bool) -> 
         return
     settings = settings_of(options)
     model, shape = shape_for(options.model)
+    _check_adapters(shape, settings)
     card = read_card(options.gpu) if options.gpu else card_here()
     longest, largest, found = _of_data(options, model)
-    plan = make_plan(shape, settings, card, max_length=options.max_length or longest, largest_pair=largest)
+    plan = make_plan(shape, settings, card, max_length=options.max_length, largest_pair=largest)
+    if longest is not None and options.max_length is None and plan.fits:
+        plan = replace(plan, max_length=longest)
     say = _to(sys.stderr if as_json else sys.stdout)
     for line in [*found, *lines(plan)]:
         say(line)
@@ -101,8 +104,11 @@ def settings_of(options: PlanOptions) -> StepSettings:
     Raises:
         ConfigError: a value that is unknown, or two that contradict.
     """
-    if options.dtype not in BYTES:
-        raise ConfigError(f"dtype={options.dtype!r}; expected one of {', '.join(BYTES)}")
+    dtype = {"auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(
+        options.dtype, options.dtype
+    )
+    if dtype not in BYTES:
+        raise ConfigError(f"dtype={options.dtype!r}; expected one of auto, {', '.join(BYTES)}")
     if options.lora_r < 0:
         raise ConfigError(f"lora_r={options.lora_r}; expected a rank above 0, or 0 to train every parameter")
     if options.max_length is not None and options.max_length < 2:
@@ -117,10 +123,10 @@ def settings_of(options: PlanOptions) -> StepSettings:
     targets = options.lora_target_modules
     in_4bit = options.load_in_4bit and options.lora_r > 0
     return StepSettings(
-        weights="nf4" if in_4bit else options.dtype,
-        compute=options.dtype,
+        weights="nf4" if in_4bit else dtype,
+        compute=dtype,
         lora_r=options.lora_r,
-        lora_targets=None if targets is None else tuple(name.strip() for name in targets.split(",")),
+        lora_targets=None if targets in (None, "all-linear") else tuple(name.strip() for name in targets.split(",")),
         lora_head=options.lora_head,
         optimiser=optimiser,
         checkpointing=options.gradient_checkpointing,
@@ -129,18 +135,34 @@ def settings_of(options: PlanOptions) -> StepSettings:
     )
 
 
+def _check_adapters(shape: ModelShape, settings: StepSettings) -> None:
+    """Refuse adapters on what the model does not have, as `train` will."""
+    has = [linear.name for linear in shape.linears]
+    unknown = [name for name in settings.lora_targets or () if name not in has]
+    if unknown:
+        raise ConfigError(
+            f"lora_target_modules names {unknown[0]!r}, which is no linear layer of {shape.name}; it has {', '.join(has)}"
+        )
+    if settings.lora_head and shape.tied:
+        raise ConfigError(f"lora_head: the head of {shape.name} is tied to its input embeddings; leave it out")
+
+
 def shape_for(model: str) -> tuple[str, ModelShape]:
     """`(what train is to load, its shape)` of a short name, a folder, a config.json or a hub id.
 
     Raises:
         ModelError: no config there, or one that memory is not planned for.
     """
+    model = {"smollm2": "smollm2-135m"}.get(model, model)
     if model in shipped_names():
         return shipped_config(model)["_name_or_path"], shipped_shape(model)
     path = Path(model).expanduser()
     if path.is_dir() or path.is_file():
-        return str(path if path.is_dir() else path.parent), read_shape(_read_config(path), path.name)
-    if "/" not in model or model.startswith((".", "/", "~")):
+        folder = path if path.is_dir() else path.resolve().parent
+        return str(folder), read_shape(_read_config(path), folder.name)
+    if model.startswith((".", "/", "~")):
+        raise ModelError(f"model {model!r}: no such folder or file; give one, a short name or a hub id")
+    if "/" not in model:
         return model, shipped_shape(model)  # which refuses, with the names that are known
     return model, read_shape(_read_config(_fetched_config(model)), model)
 
@@ -220,6 +242,8 @@ def lines(plan: Plan) -> list[str]:
     ]
     if plan.fits:
         length = "max_length as asked for" if plan.is_asked else "largest safe max_length"
+        if plan.largest_pair and not plan.is_asked:
+            length = "longest row of the data (a pair has one prompt and two completions):"
         found.append(f"fits: {length} {plan.max_length}, up to {plan.tokens} tokens per forest")
         if plan.pairs_per_s:
             slow, fast = plan.pairs_per_s
@@ -267,7 +291,6 @@ def _refuse_what_needs_a_model(options: PlanOptions, output: str | None, as_json
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:

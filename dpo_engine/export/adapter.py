@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dpo_engine.errors import ModelError
+from dpo_engine.model.fingerprint import weights_fingerprint
 from dpo_engine.train.card import read_facts, shape_of
 
 CONFIG = "adapter_config.json"
@@ -117,7 +118,7 @@ def check_fit(adapter: Adapter, path: str, config: Any) -> Fit:
                 )
             peft_config.inference_mode = True
             model: Any = get_peft_model(base, peft_config, low_cpu_mem_usage=True)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
             if isinstance(error, ModelError):
                 raise
             said = " ".join(str(error).split())
@@ -185,6 +186,18 @@ def _check_recorded_shape(adapter: Adapter, path: str, config: Any) -> None:
                 f"adapter {adapter.folder} was trained on {recorded.get('name')} with {name} {recorded[name]}, and the base {path} "
                 f"has {found}; give its own base with --base"
             )
+    begun = (adapter.facts or {}).get("from_adapter") or {}
+    if begun.get("mode") == "stack" and path == recorded.get("path"):
+        raise ModelError(
+            f"adapter {adapter.folder} was trained on {path} with the adapter {begun.get('folder')} merged into it; give that "
+            f"merged model with --base (dpo-engine export {begun.get('folder')} --merge)"
+        )
+    known, now = recorded.get("fingerprint"), weights_fingerprint(path)
+    if known and now and known != now:
+        raise ModelError(
+            f"adapter {adapter.folder} was trained on other weights ({recorded.get('name')}, fingerprint {known}) than those of "
+            f"the base {path} ({now}); give its own base with --base"
+        )
 
 
 def _compare(adapter: Adapter, path: str, wanted: dict[str, tuple[int, ...]]) -> None:

@@ -53,7 +53,8 @@ def merge(policy: Any, dtype: torch.dtype, quantised: nn.Module | None = None) -
             adapted = isinstance(layer, BaseTunerLayer)
             plain: Any = layer.get_base_layer() if adapted else layer
             if name in opened:
-                plain.weight.data = _opened(opened[name])
+                weight = _opened(opened[name])
+                plain.weight.data = weight.t().contiguous() if type(plain).__name__ == "Conv1D" else weight
             elif adapted:
                 plain.weight.data = plain.weight.data.float()
             if adapted:
@@ -65,7 +66,9 @@ def merge(policy: Any, dtype: torch.dtype, quantised: nn.Module | None = None) -
             if adapted or name in opened:
                 plain.weight.data = _rounded(f"{name}.weight", plain.weight.data, dtype)
         model = policy.merge_and_unload()  # all is merged: what is left is to take the adapters off
-    except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
+    except ExportError:
+        raise
+    except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
         raise ExportError(f"the adapter cannot be merged: {' '.join(str(error).split())}") from error
     config = model.config
     for tag in ("quantization_config", "auto_map"):  # a plain model, which asks for no code of its own

@@ -140,7 +140,12 @@ def _plan(options: ExportOptions, adapter: Adapter, path: str, config: Any, para
     stored = _base_dtype(path, config)
     dtype = stored if options.dtype == "auto" else DTYPES[options.dtype]
     from_4bit = adapter.from_4bit if options.load_in_4bit == "auto" else options.load_in_4bit == "true"
-    four_bit = DTYPES[(adapter.facts or {}).get("dtype") or "bfloat16"] if from_4bit else None
+    trained_in = str((adapter.facts or {}).get("dtype") or "bfloat16")
+    if trained_in not in DTYPES:
+        raise ConfigError(
+            f"{adapter.folder}: its record says dtype {trained_in!r}; expected one of {', '.join(DTYPES)}"
+        )
+    four_bit = DTYPES[trained_in] if from_4bit else None
     held = held_in(dtype, four_bit or stored)
     gguf = int(parameters * OUTTYPES[options.outtype]) if options.gguf else 0
     check_disk(output, parameters * dtype.itemsize + gguf)
@@ -268,7 +273,7 @@ def _facts(plan: _Merge) -> dict[str, Any]:
     """The adapter's own record; without one, what is known all the same."""
     named = plan.adapter.base
     facts = plan.adapter.facts or {"schema": CARD_SCHEMA, "method": None, "lora": {"r": plan.adapter.rank}}
-    if plan.adapter.facts is None:
+    if plan.adapter.facts is None or plan.adapter.facts.get("base", {}).get("path") != plan.path:  # another was given
         facts["base"] = {
             "name": named,
             "path": plan.path,

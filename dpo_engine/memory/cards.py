@@ -54,7 +54,7 @@ _KNOWN = {
 _NOMINAL = {"rtx-3060": 12, "rtx-4070": 12, "rtx-5070": 12, "rtx-4060-ti-16gb": 16, "rtx-4080": 16, "rtx-5070-ti": 16}
 _NOMINAL |= {"rtx-5080": 16, "rtx-3090": 24, "rtx-4090": 24, "a10": 24, "l4": 24, "rtx-5090": 32, "l40s": 48}
 _NOMINAL |= {"a100-40gb": 40, "a100-80gb": 80, "h100": 80, "h200": 141}
-SIZES = tuple(sorted(set(_NOMINAL.values())))
+SIZES = (6, 8, *sorted(set(_NOMINAL.values())))
 """GB that a known card has."""
 
 
@@ -67,8 +67,8 @@ def read_card(text: str) -> Card:
     words = re.sub(r"[\s_]+", "-", text.strip().lower()).removeprefix("nvidia-").removeprefix("geforce-")
     if words in _KNOWN:
         mib, rate = _KNOWN[words]
-        return Card(name=words, memory=mib * 2**20, tflops=(rate, rate))
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)-?(gib|gb|g)?", words)
+        return Card(name=words, memory=int(mib * 2**20 * _IN_USE), tflops=(rate, rate))
+    size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)-?(gib|gb|g)?", words)
     if size is None or not 1 <= float(size[1]) <= 1024:
         close = difflib.get_close_matches(words, _KNOWN, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -97,7 +97,7 @@ def card_here() -> Card:
     name, _, mib = said.rpartition(",")
     if not mib.strip().isdigit():
         raise ConfigError("gpu is not given, and nvidia-smi tells of none here; expected a size such as --gpu 24GB")
-    memory = int(mib) * 2**20
+    memory = int(int(mib) * 2**20 * _IN_USE)
     words = re.sub(r"\s+", "-", name.strip().lower()).removeprefix("nvidia-").removeprefix("geforce-")
     rate = _KNOWN[words][1] if words in _KNOWN else None
-    return Card(name=name.strip(), memory=memory, tflops=None if rate is None else (rate, rate))
+    return Card(name=words or "gpu", memory=memory, tflops=None if rate is None else (rate, rate))

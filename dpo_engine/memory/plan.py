@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dpo_engine.errors import ConfigError
 from dpo_engine.memory.cards import SIZES, Card, read_card
 from dpo_engine.memory.shapes import ModelShape
 from dpo_engine.memory.step import MIB, Parts, StepSettings, step_parts
@@ -38,6 +39,8 @@ class Plan:
     max_length: int
     """The largest that is safe, or as it was asked for."""
     is_asked: bool
+    safe_length: int
+    """The largest that is safe for any pair."""
     largest_pair: int
     """Tokens of the largest pair of the data; 0 where none was looked at."""
     parts: Parts
@@ -78,7 +81,12 @@ def make_plan(
         max_length: as the user wants it; the largest that is safe if not given.
         largest_pair: tokens of the largest pair of the data, where that is known.
     """
-    needed = largest_pair or 2 * (max_length or LEAST_LENGTH)
+    if max_length is not None and max_length > shape.longest:
+        raise ConfigError(
+            f"max_length={max_length} is beyond the {shape.longest} positions that {shape.name} was made for"
+        )
+    least = min(LEAST_LENGTH, shape.longest)
+    needed = largest_pair or 2 * (max_length or least)
     most = most_tokens(shape, settings, card.memory)
     fits = most >= needed
     safe = min(shape.longest, most // 2 // MULTIPLE * MULTIPLE)
@@ -88,8 +96,9 @@ def make_plan(
         card=card,
         fits=fits,
         tokens=most if fits else needed,
-        max_length=max_length or max(safe, LEAST_LENGTH),
+        max_length=max_length or max(safe, least),
         is_asked=max_length is not None,
+        safe_length=max(safe, least),
         largest_pair=largest_pair or 0,
         parts=step_parts(shape, settings, most if fits else needed),
         change=None if fits else cheapest_change(shape, settings, card, needed),
@@ -121,15 +130,16 @@ def cheapest_change(shape: ModelShape, settings: StepSettings, card: Card, neede
         names.append(name)
         if most_tokens(shape, together, card.memory) >= needed:
             return ", ".join(names)
-    most = most_tokens(shape, together, card.memory)
-    if most >= 2 * LEAST_LENGTH:
-        return ", ".join([*names, f"max_length: {most // 2 // MULTIPLE * MULTIPLE}"])
-    smallest = next(
-        (size for size in SIZES if most_tokens(shape, together, read_card(f"{size}GB").memory) >= needed), None
-    )
-    if smallest is None:
-        return "a smaller model: no known card has the memory"
-    return f"a card of {smallest} GB" + (f", with {', '.join(names)}" if names else "") + "; or a smaller model"
+    for kept, said in ((settings, []), (together, names)):
+        most = most_tokens(shape, kept, card.memory)
+        if most >= 2 * LEAST_LENGTH:
+            return ", ".join([*said, f"max_length: {most // 2 // MULTIPLE * MULTIPLE}"])
+    larger = [size for size in SIZES if read_card(f"{size}GB").memory > card.memory]
+    for kept, said in ((settings, []), (together, names)):
+        for size in larger:
+            if most_tokens(shape, kept, read_card(f"{size}GB").memory) >= needed:
+                return f"a card of {size} GB" + (f", with {', '.join(said)}" if said else "") + "; or a smaller model"
+    return "a smaller model: no known card has the memory"
 
 
 def _changes(settings: StepSettings) -> Iterator[tuple[str, StepSettings]]:

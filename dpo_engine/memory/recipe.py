@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dpo_engine.memory.plan import Plan
+import yaml
+
+from dpo_engine.memory.plan import Plan, most_tokens
 from dpo_engine.memory.step import MIB, step_parts
 
 PAIRS_A_STEP = 16
-USUAL_LENGTH = 4096  # few preference data have longer rows; what is not needed is left free
+LENGTHS = (8192, 4096, 2048, 1024, 512)  # few preference data have longer rows
 USUAL_FOREST = 8192  # larger ones are not faster
+FILLED = 0.9  # of a card: a screen and a plan's error must find room in the rest
 
 
 def recipe(plan: Plan, *, model: str, data: str = "pairs.jsonl", output_dir: str | None = None) -> str:
-    """The lines of a YAML file, for rows of up to `USUAL_LENGTH` tokens where that fits and no other length was asked for.
+    """The lines of a YAML file: the largest of `LENGTHS` that fills no more than `FILLED` of the card, unless one was asked for.
 
     Args:
         plan: one that fits.
@@ -20,8 +23,11 @@ def recipe(plan: Plan, *, model: str, data: str = "pairs.jsonl", output_dir: str
         output_dir: where the adapters go.
     """
     settings = plan.settings
-    length = plan.max_length if plan.is_asked else min(plan.max_length, USUAL_LENGTH)
-    tokens = min(plan.tokens, max(2 * length, USUAL_FOREST, plan.largest_pair))
+    easily = most_tokens(plan.shape, settings, int(FILLED * plan.card.memory))
+    fitting = (length for length in LENGTHS if 2 * length <= easily and length <= plan.max_length)
+    length = plan.max_length if plan.is_asked or plan.largest_pair else next(fitting, plan.max_length)
+    needed = plan.largest_pair or 2 * length
+    tokens = min(plan.tokens, max(needed, min(easily, USUAL_FOREST)))
     parts = step_parts(plan.shape, settings, tokens)
     in_4bit = settings.lora_r > 0 and settings.weights == "nf4"
     name = f"{plan.shape.name}-{plan.card.name}".lower()
@@ -30,9 +36,9 @@ def recipe(plan: Plan, *, model: str, data: str = "pairs.jsonl", output_dir: str
     lines = [
         f"# {kind} of {plan.shape.name} on a card of {plan.card.name}, as `dpo-engine plan` wrote it:",
         f"# {total:,.0f} MiB of {has:,.0f} at the fullest moment, predicted.",
-        f"model: {model}",
-        f"data: {data}",
-        f"output_dir: {output_dir or f'runs/{name}'}",
+        _line("model", model),
+        _line("data", data),
+        _line("output_dir", output_dir or f"runs/{name}"),
         "",
         "method: dpo",
         "beta: 0.1",
@@ -53,7 +59,7 @@ def recipe(plan: Plan, *, model: str, data: str = "pairs.jsonl", output_dir: str
         lines.append("activation_offload: true          # checkpoints wait in host memory")
     lines += [
         "",
-        f"{f'max_length: {length}':34s}# up to {plan.max_length} would fit",
+        f"{f'max_length: {length}':34s}# up to {plan.safe_length} would fit",
         f"{f'max_tokens_per_forest: {tokens}':34s}# computed at once: memory and speed only, never the result",
         f"{f'per_device_train_batch_size: {PAIRS_A_STEP}':34s}# pairs in a step, whatever fits at once",
         "learning_rate: 5.0e-6",
@@ -64,3 +70,8 @@ def recipe(plan: Plan, *, model: str, data: str = "pairs.jsonl", output_dir: str
         "save_steps: 200",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _line(key: str, value: str) -> str:
+    """`key: value`, quoted where YAML would read it as something else."""
+    return yaml.safe_dump({key: value}, allow_unicode=True, width=10**6).strip()

@@ -134,6 +134,7 @@ FAMILIES: dict[str, _Family] = {
     "phi3": _Family(fused=True),
 }
 _TEXT_OF = {"gemma3": "gemma3_text"}  # models with an image tower: the type of their text part
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -174,10 +175,17 @@ def read_shape(config: Mapping[str, Any], name: str) -> ModelShape:
         ModelError: another kind of model, or a size that is missing or no positive number.
     """
     text = config.get("text_config") or config
+    if not isinstance(text, Mapping):
+        raise ModelError(f"model {name}: text_config is {type(text).__name__}; expected the config of a text model")
+    if config.get("quantization_config") or text.get("quantization_config"):
+        raise ModelError(
+            f"model {name}: it is stored quantised (quantization_config), for which memory is not planned; give the model of "
+            "full weights, and load_in_4bit"
+        )
     model_type = text.get("model_type") or config.get("model_type")
     model_type = _TEXT_OF.get(str(model_type), str(model_type))
     family = FAMILIES.get(model_type)
-    if family is None or text.get("num_experts") or text.get("num_local_experts"):
+    if family is None or any(text.get(key) for key in _EXPERTS):
         raise ModelError(
             f"model {name}: memory is not planned for model_type {model_type!r}; expected one of {', '.join(FAMILIES)}: "
             "train without a plan, and lower max_tokens_per_forest where memory runs out"
@@ -187,13 +195,21 @@ def read_shape(config: Mapping[str, Any], name: str) -> ModelShape:
     kv_heads = _size({"num_key_value_heads": heads, **given}, "num_key_value_heads", name)
     if "head_dim" not in given and hidden % heads:
         raise ModelError(f"model {name}: hidden_size {hidden} is no multiple of its {heads} heads; expected head_dim")
+    if heads % kv_heads:
+        raise ModelError(f"model {name}: {heads} heads are no multiple of num_key_value_heads={kv_heads}")
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    for key, value in (
+        ("tie_word_embeddings", tied),
+        *((key, given.get(key)) for key in ("attention_bias", "mlp_bias")),
+    ):
+        if value is not None and not isinstance(value, bool):
+            raise ModelError(f"model {name}: {key} is {value!r} in its config; expected true or false")
     biases = family.biases
     if given.get("attention_bias"):
         biases = (*_QKV, "o_proj")
     if given.get("mlp_bias"):
         biases = (*biases, "gate_proj", "up_proj", "down_proj")
-    linear, other = _image_tower(config, hidden) if "vision_config" in config else (0, 0)
-    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    linear, other = _image_tower(config["vision_config"], hidden, name) if "vision_config" in config else (0, 0)
     return ModelShape(
         name=name,
         model_type=model_type,
@@ -224,13 +240,16 @@ def _size(config: Mapping[str, Any], key: str, name: str) -> int:
     return value
 
 
-def _image_tower(config: Mapping[str, Any], hidden: int) -> tuple[int, int]:
+def _image_tower(tower: Any, hidden: int, name: str) -> tuple[int, int]:
     """`(weights of linear layers, other parameters)` of a SigLIP tower and its projection into the decoder."""
-    tower = config["vision_config"]
-    wide, inner, layers = (tower[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    patches = (tower["image_size"] // tower["patch_size"]) ** 2
+    if not isinstance(tower, Mapping):
+        raise ModelError(
+            f"model {name}: vision_config is {type(tower).__name__}; expected the config of an image tower"
+        )
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
+    wide, inner, layers, image, patch = (_size(tower, key, f"{name} (vision_config)") for key in keys)
     linear = layers * (4 * wide * wide + 2 * wide * inner)
     biases, norms = layers * (5 * wide + inner), (2 * layers + 1) * 2 * wide
-    patch = tower.get("num_channels", 3) * tower["patch_size"] ** 2 * wide + wide
+    patches = tower.get("num_channels", 3) * patch**2 * wide + wide
     projection = wide * hidden + wide
-    return linear, biases + norms + patch + patches * wide + projection
+    return linear, biases + norms + patches + (image // patch) ** 2 * wide + projection

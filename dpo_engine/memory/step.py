@@ -3,11 +3,12 @@
     parts = step_parts(shape, settings, tokens=4096)
     parts.total
 
-A step is fullest in one of three moments, and a plan counts the fullest of them:
+A step is fullest in one of four moments, and a plan counts the fullest of them:
 
     head        the last layer is behind; the head's tiles and what its backward pass keeps are there
-    layer       the backward pass of the last layer, computed again or kept: its MLP is the widest place of a model
-    optimiser   gradients and the optimiser's state, and nothing of the batch
+    layer       the backward pass of the last layer, computed again or kept: its MLP is the widest place of most models
+    embedding   the end of the backward pass, where the embedding trains
+    optimiser   nothing of the batch, but what the optimiser needs for a moment
 
 With b bytes an element of the compute dtype, w wide (hidden), i wide (intermediate), q and k the widths of queries and keys,
 a decoder layer keeps for its backward pass, in bytes a token:
@@ -59,6 +60,7 @@ class StepSettings:
     lora_targets: tuple[str, ...] | None = None
     """Names of linear layers; None for all of them."""
     lora_head: bool = False
+    lora_dropout: float = 0.0
     optimiser: str = "paged_adamw_8bit"
     """One of `STATE_BYTES`."""
     checkpointing: bool = True
@@ -112,7 +114,12 @@ def step_parts(shape: ModelShape, settings: StepSettings, tokens: int) -> Parts:
         tokens: computed at once: `max_tokens_per_forest`, all of them taken to be scored.
     """
     moment = max(
-        (_in_layer(shape, settings, tokens), _in_head(shape, settings, tokens), {}),
+        (
+            _in_layer(shape, settings, tokens),
+            _in_head(shape, settings, tokens),
+            _in_embedding(shape, settings),
+            _in_optimiser(shape, settings),
+        ),
         key=lambda found: sum(found.values()),
     )
     trainable = trained_parameters(shape, settings)
@@ -120,7 +127,7 @@ def step_parts(shape: ModelShape, settings: StepSettings, tokens: int) -> Parts:
         "weights": weight_bytes(shape, settings),
         "adapters": 4 * trainable if settings.lora_r else 0,
         "gradients": 4 * trainable,
-        "optimiser": int(STATE_BYTES[settings.optimiser] * trainable),
+        "optimiser": int(STATE_BYTES[settings.optimiser] * trainable + moment.pop("optimiser_moment", 0)),
         "reference": _reference_bytes(shape, settings),
     }
     dynamic = {name: int(moment.get(name, 0)) for name in ("activations", "attention", "head", "opened")}
@@ -182,7 +189,7 @@ def _in_layer(shape: ModelShape, settings: StepSettings, tokens: int) -> dict[st
     stored: float
     kept, attended = _kept_by_layer(shape, settings), _kept_by_attention(shape, settings)
     if settings.checkpointing:
-        stored = (1 if settings.offload else layers) * stream
+        stored = (min(2, layers) if settings.offload else layers) * stream  # the first layer's input stays
     else:
         stored = (layers - 1) * (kept + _kept_by_mlp(shape, settings))
         attended *= layers
@@ -206,8 +213,10 @@ def _mlp_moments(shape: ModelShape, settings: StepSettings, tokens: int) -> list
     moments: list[tuple[float, float]] = [
         (3 * inner + (gradients + (gradients > 1)) * inner, 0.0),  # the gradients of down's input, and their sum
         (3 * inner + gradients * inner, down),
-        (5 * inner, 0.0),  # of gate and up, beside that sum
+        (6 * inner, 0.0),  # of gate and up, beside the three kept and that sum
         (2 * inner, up),
+        # The MLP is behind: gradients come through a norm in float32, of which its input is gone.
+        (4 * wide, 0.0),
     ]
     if shape.outer_norms:  # gradients come through a norm first, in float32: five of them
         moments.append((_kept_by_mlp(shape, settings) * tokens + 5 * wide, 0.0))
@@ -229,6 +238,8 @@ def _in_head(shape: ModelShape, settings: StepSettings, tokens: int) -> dict[str
     rows, columns = min(rows, tokens), min(columns, shape.vocabulary)
     tiles = rows * columns * (4 + (b if b < 4 else 0)) + rows * wide * (8 + 2 * b)
     head = 2 * b * wide * tokens + tiles  # the rows that predict, and the gradient that waits for its factor
+    if not settings.lora_r:
+        head += 4 * shape.embedding  # the gradient of the head's weight, before it is added to that of other forests
     return {
         "activations": tokens * (activations + final_norm) + _casts(shape, settings),
         "attention": tokens * attended,
@@ -241,6 +252,24 @@ def _stream(shape: ModelShape, settings: StepSettings) -> int:
     return (BYTES[settings.compute] if settings.lora_r else 4) * shape.hidden
 
 
+def _in_embedding(shape: ModelShape, settings: StepSettings) -> dict[str, float]:
+    """Gradients of a vocabulary's rows on their way to where they are added up: of the head and the embedding, and their sum."""
+    if settings.lora_r:
+        return {}
+    return {"head": 4.0 * (3 if shape.tied else 1) * shape.embedding}
+
+
+def _in_optimiser(shape: ModelShape, settings: StepSettings) -> dict[str, float]:
+    """torch's AdamW makes two numbers for each of the largest tensor; on CUDA, unless fused, one for every parameter."""
+    if settings.optimiser != "adamw_torch":
+        return {}
+    trained = trained_parameters(shape, settings)
+    if settings.device == "cuda" and not settings.lora_r:
+        return {"optimiser_moment": 4.0 * trained}
+    largest = max(shape.embedding, *(linear.weights for linear in shape.linears)) if not settings.lora_r else 0
+    return {"optimiser_moment": 8.0 * largest}
+
+
 def _kept_by_layer(shape: ModelShape, settings: StepSettings) -> float:
     """Bytes a token that a layer keeps for its backward pass, attention and MLP left out."""
     b, wide = BYTES[settings.compute], shape.hidden
@@ -251,7 +280,15 @@ def _kept_by_layer(shape: ModelShape, settings: StepSettings) -> float:
         )
         return 2 * norms + (outputs if b < 4 else shape.inner_norms * 4 * wide)
     outputs = sum(b * wide for name in ("q_proj", "gate_proj") if _keeps_input(shape, settings, name))
-    return norms + outputs + settings.lora_r * b * len(adapted(shape, settings))
+    return norms + outputs + settings.lora_r * b * len(adapted(shape, settings)) + _dropped(shape, settings)
+
+
+def _dropped(shape: ModelShape, settings: StepSettings) -> float:
+    """Bytes a token of what dropout leaves of each adapter's input, and of its mask; but of the MLP's product."""
+    if settings.lora_dropout <= 0:
+        return 0.0
+    widths = sum(linear.inputs for linear in adapted(shape, settings) if linear.name != "down_proj")
+    return float((BYTES[settings.compute] + 2) * widths)
 
 
 def _kept_by_mlp(shape: ModelShape, settings: StepSettings) -> float:

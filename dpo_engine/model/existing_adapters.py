@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def read_adapter(folder: str | Path) -> LoraConfig:
         raise ModelError(f"adapter={folder}: has no {WEIGHTS}; other formats are not read (a pickle can run code)")
     try:
         return LoraConfig.from_pretrained(str(path))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise ModelError(f"adapter={folder}: its {CONFIG} cannot be used ({_one_line(error)})") from error
 
 
@@ -63,6 +64,12 @@ def continue_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     Raises:
         ModelError: it is no adapter, or not one for this model.
     """
+    begun = read_adapter(folder).init_lora_weights
+    if begun not in (True, False, "gaussian"):
+        raise ModelError(
+            f"adapter={folder}: began by changing the model's own weights (init_lora_weights={begun!r}), which a second adapter "
+            "beside it would do again; expected one that began at zero: merge it first (dpo-engine export ADAPTER --merge)"
+        )
     policy = _with_adapter(model, folder)
     policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config["default"]))
     _load(policy, folder, REFERENCE)
@@ -126,14 +133,14 @@ def without_reference_adapter(model: nn.Module | None) -> Iterator[None]:
     if model is None or not has_reference_adapter(model):
         yield
         return
-    configs: Any = model.peft_config
-    kept = dict(configs)
-    del configs[REFERENCE]
+    policy: Any = model
+    others = [name for name in policy.peft_config if name != REFERENCE]
+    # Its entry must stay where it is: PEFT leaves out the weights of adapters that it knows by name.
+    policy.save_pretrained = partial(policy.save_pretrained, selected_adapters=others)
     try:
         yield
     finally:
-        configs.clear()
-        configs.update(kept)
+        del policy.save_pretrained
 
 
 def _is_of(name: str, adapter: str) -> bool:

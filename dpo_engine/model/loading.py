@@ -239,6 +239,8 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if "allocate memory" in str(error):  # as torch says it of the host's
+            raise
         raise ModelError(_unreadable(path, "weights", error)) from error
     _check_report(path, report)
     if getattr(model, "_hf_peft_config_loaded", False):

@@ -167,7 +167,9 @@ def free_bytes(device: torch.device, model: nn.Module) -> int:
     """Bytes free on the device once gradients and an optimiser's two moments exist, in float32."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)  # newer than torch 2.9
+        free = min(free, int(fraction * total) - torch.cuda.memory_reserved(device))
     else:
         free = host_bytes()
     return max(0, free - 12 * trainable)

@@ -23,6 +23,7 @@ import yaml
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import get_method
 from dpo_engine.model.adapters import ALL_LINEAR
+from dpo_engine.model.fingerprint import weights_fingerprint
 from dpo_engine.model.loading import PACKAGED
 from dpo_engine.model.smollm2 import LICENSE, ORIGIN
 
@@ -80,7 +81,9 @@ def run_facts(config: TrainConfig, prepared: PreparedRun, result: dict[str, Any]
         "alpha": config.lora_alpha,
         "dropout": config.lora_dropout,
         "target_modules": config.lora_target_modules or ALL_LINEAR,
+        **{name: True for name in ("lora_head", "use_dora", "use_rslora") if getattr(config, name)},
     }
+    stacked = config.adapter is not None and config.adapter_mode == "stack"
     model: Any = prepared.trainer.model
     return {
         "schema": SCHEMA,
@@ -88,8 +91,10 @@ def run_facts(config: TrainConfig, prepared: PreparedRun, result: dict[str, Any]
             "name": name,
             "path": prepared.model_path,
             "license": stated_license(name, prepared.model_path),
+            "fingerprint": None if stacked else weights_fingerprint(prepared.model_path),
             **shape_of(model.config),
         },
+        "from_adapter": {"folder": config.adapter, "mode": config.adapter_mode} if config.adapter else None,
         "data": _data_facts(config.data, prepared.data),
         "eval_data": _data_facts(config.eval_data, prepared.held_out),
         "method": config.method,
@@ -195,6 +200,10 @@ def _body(facts: dict[str, Any]) -> list[str]:
         ]
         lines += ["", "## Method", "", f"- method: {facts['method']} ({_pairs(facts['method_settings'])})"]
         lines += [f"- LoRA: {_pairs(facts['lora'])}" if facts["lora"] else "- every parameter was trained"]
+        if facts.get("from_adapter"):
+            begun = facts["from_adapter"]
+            how = "merged into the base first" if begun["mode"] == "stack" else "trained on"
+            lines += [f"- began from the adapter {_one_line(begun['folder'])}, {how}"]
         quantised = ", the frozen weights in 4 bits (NF4, double quantisation)" if facts["load_in_4bit"] else ""
         lines += [f"- computed in {facts['dtype']}{quantised}", f"- {_pairs(settings)}"]
         lines += ["", "## Results", "", *_results(facts)]
@@ -298,3 +307,8 @@ def _commit() -> str | None:
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def _one_line(text: Any) -> str:
+    """A name as it can stand in a line of Markdown."""
+    return " ".join(str(text).split()).replace("`", "'")

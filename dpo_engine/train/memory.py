@@ -23,7 +23,14 @@ from dpo_engine.memory.step import MIB, STATE_BYTES, StepSettings, step_parts
 from dpo_engine.model.loading import resolve_dtype
 from dpo_engine.train.budget import host_bytes
 
-_OF_THE_HOST = "can't allocate memory"  # how torch's CPU allocator says so
+# How allocators, libraries and operating systems say it, where torch has no type for it.
+_WORDS = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,8 @@ class RunMemory:
         else:  # it is the largest pair that does not fit: plan as if there were less memory
             less = Card(name=self.card.name, memory=min(self.card.memory, parts.total * 9 // 10), tflops=None)
             change = cheapest_change(self.shape, self.settings, less, self.largest_pair)
+            if "a card of" in change or "smaller model" in change:
+                change = "max_length lower, or see what else uses the memory: no setting that the plan knows takes less"
         return (
             f"forests of {tokens} tokens are planned at {parts.total / MIB:,.0f} MiB of {self.card.memory / MIB:,.0f} (in MiB: "
             f"{shown}); something else may hold memory too. Set {change}"
@@ -91,17 +100,28 @@ def plan_run(config: Any, model_config: Any, trees: Sequence[TokenTree]) -> RunM
         model_config: of the model, as transformers read it.
         trees: all pairs of the run.
     """
+    if config.use_dora:
+        return "DoRA, whose adapters open each weight, is not planned for"
+    if config.fsdp or config.deepspeed:
+        return "weights that are sharded over cards are not planned for"
     try:
         shape = read_shape(model_config.to_dict(), str(config.model))
     except ModelError as error:
         return str(error)
     layout = "packed" if config.share_prompt == "off" else "shared"
-    largest = max((packed_cost(tree, layout, None) for tree in trees), default=0)
+    costs = sorted((packed_cost(tree, layout, None) for tree in trees), reverse=True)
+    largest = costs[0] if costs else 0
+    together = sum(
+        costs[: config.train_batch_size * config.gradient_accumulation_steps]
+    )  # no forest is larger than a step
+    settings = _settings(config, shape)
+    if isinstance(settings, str):
+        return settings
     return RunMemory(
         shape=shape,
-        settings=_settings(config, shape),
+        settings=settings,
         card=_card_here(config.device),
-        tokens=max(config.max_tokens_per_forest or 0, largest),
+        tokens=max(min(config.max_tokens_per_forest or 0, together or largest), largest),
         largest_pair=largest,
     )
 
@@ -128,14 +148,21 @@ def answered(plan: RunMemory | str, tokens: int | None = None) -> Iterator[None]
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator raised it, on a card or on the host."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OF_THE_HOST in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _WORDS)
 
 
-def _settings(config: Any, shape: ModelShape) -> StepSettings:
+def _settings(config: Any, shape: ModelShape) -> StepSettings | str:
+    """The configuration as the planner has it, or what of it the planner does not know."""
     dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
     optimiser = str(getattr(config.optim, "value", config.optim))
+    if optimiser not in STATE_BYTES:
+        return f"the optimiser {optimiser} is not planned for"
     names = {linear.name for linear in shape.linears}
-    targets = tuple(name for name in config.lora_target_modules or () if name in names)
+    given = [str(name).rsplit(".", 1)[-1] for name in config.lora_target_modules or ()]
+    on_head = [name for name in given if name in ("lm_head", "embed_out")]
+    if any(name not in names and name not in on_head for name in given):
+        return f"adapters on {', '.join(given)} are not planned for"
+    targets = tuple(dict.fromkeys(name for name in given if name in names)) if given else None
     reference = "adapters_off"
     if not config.lora_r:
         reference = "model_copy" if get_method(config.method).needs_reference else "adapters_off"
@@ -145,9 +172,10 @@ def _settings(config: Any, shape: ModelShape) -> StepSettings:
         weights="nf4" if config.load_in_4bit else dtype,
         compute=dtype,
         lora_r=config.lora_r,
-        lora_targets=targets or None,
-        lora_head=bool(config.lora_head),
-        optimiser=optimiser if optimiser in STATE_BYTES else "adamw_torch",
+        lora_targets=targets,
+        lora_head=bool(config.lora_head or on_head),
+        lora_dropout=float(config.lora_dropout),
+        optimiser=optimiser,
         checkpointing=bool(config.gradient_checkpointing),
         offload=bool(config.activation_offload),
         reference=reference,

@@ -21,7 +21,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from dpo_engine.data import PairData, PairSource, check_source, load_pairs
-from dpo_engine.errors import ConfigError
+from dpo_engine.errors import ConfigError, EngineError
 from dpo_engine.model.adapters import ALL_LINEAR, add_lora
 from dpo_engine.model.existing_adapters import continue_adapter, merge_adapter, read_adapter
 from dpo_engine.model.loading import check_model, cpu_has_bf16, load_model, load_tokenizer, resolve_dtype, resolve_model
@@ -37,7 +37,7 @@ ADAPTER_MODES = ("continue", "stack")
 LORA_DEFAULTS = {
     "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "use_dora": False, "use_rslora": False, "lora_head": False,
 }  # fmt: skip
-MERGE_FIRST = "continue, or a model that the adapter is merged into already (dpo-engine export ADAPTER --merge, then train on that)"
+NO_STACK = "continue, or load_in_4bit: false: in 4 bits the merged adapter would be rounded away"
 Say = Callable[[str], None]
 
 
@@ -196,7 +196,7 @@ class TrainConfig(DPOConfig):
                 same = mine is None or (not isinstance(its, str) and set(mine) == set(its or ()))
                 require(same, "lora_target_modules", mine, _continued("lora_target_modules", its, self.adapter))
             else:
-                require(not self.load_in_4bit, "adapter_mode", "stack", f"with load_in_4bit {MERGE_FIRST}")
+                require(not self.load_in_4bit, "adapter_mode", "stack", f"with load_in_4bit {NO_STACK}")
                 require(self.lora_r != 0, "lora_r", self.lora_r, "a rank above 0 with adapter_mode: stack")
         for name, value in settled.items():
             if getattr(self, name) is None:
@@ -291,8 +291,14 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     Raises:
         EngineError: input that cannot be used, or a run that must stop.
     """
+    made = not Path(str(config.output_dir)).exists()
     output = _prepare_output(config)
-    prepared = prepare_run(config, say)
+    try:
+        prepared = prepare_run(config, say)
+    except EngineError:
+        if made and not any(output.iterdir()):
+            output.rmdir()  # a run that was refused leaves nothing
+        raise
     trainer, data, held_out, tokenizer = prepared.trainer, prepared.data, prepared.held_out, prepared.tokenizer
     model: Any = trainer.model
     clock = _StepClock()
@@ -419,6 +425,11 @@ def _load_policy(config: TrainConfig, model_path: str, say: Say) -> Any:
     if config.use_cpu and dtype == torch.bfloat16 and not cpu_has_bf16():
         say("note: this CPU has no bfloat16 instructions; dtype: float32 (or auto) is many times faster here")
     say(f"loading {config.model} ({model_path}) in {str(dtype).removeprefix('torch.')} on {config.device}")
+    if config.load_in_4bit and (Path(model_path) / "dpo_engine_run.json").is_file():
+        say(
+            "note: this model has an adapter merged into it; in 4 bits its weights are rounded again, which can take the adapter "
+            "back: compare before you trust it"
+        )
     model = load_model(
         model_path, dtype=dtype, trainable=config.lora_r == 0, in_4bit=config.load_in_4bit, device=config.device
     )

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from dpo_engine import DPOConfig, DPOTrainer
 from dpo_engine.errors import ConfigError, ModelError
@@ -115,11 +116,21 @@ def test_the_reference_puts_everything_back_also_after_an_exception(adapter: Pat
 def test_what_is_saved_is_the_trained_adapter_alone_in_the_ordinary_place(continued: DPOTrainer) -> None:
     output = Path(str(continued.args.output_dir))
     for folder in (output / "final", output / "checkpoint-4"):
-        assert (folder / "adapter_model.safetensors").is_file() and not (folder / REFERENCE).exists()
+        assert not (folder / REFERENCE).exists()
+        assert not any(f".{REFERENCE}" in name for name in load_file(folder / "adapter_model.safetensors"))
         again = PeftModel.from_pretrained(tiny_llama(), folder)
         mine = {n: w for n, w in weights(continued.model).items() if REFERENCE not in n}
         assert mine.keys() == weights(again).keys() and all(torch.equal(mine[n], w) for n, w in weights(again).items())
     assert REFERENCE in continued.model.peft_config
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_began_by_changing_the_model_is_not_continued(adapter: Path, tmp_path: Path, init: str) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "begun"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": init}))
+    with pytest.raises(ModelError, match="began by changing the model's own weights"):
+        continue_adapter(tiny_llama(), folder)
 
 
 def test_a_resumed_run_is_the_same_run_and_takes_its_reference_from_the_folder(
@@ -206,7 +217,8 @@ def test_settings_that_contradict_the_adapter_are_refused(adapter: Path, tmp_pat
         if name != "lora_r":
             assert getattr(TrainConfig(**given, adapter_mode="stack", **{name: value}), name) == value
     with pytest.raises(
-        ConfigError, match=r"adapter_mode='stack' .* load_in_4bit continue, .*dpo-engine export ADAPTER --merge"
+        ConfigError,
+        match=r"adapter_mode='stack' .* load_in_4bit continue, or load_in_4bit: false: in 4 bits",
     ):
         TrainConfig(**given, adapter_mode="stack", load_in_4bit=True)
     with pytest.raises(ConfigError, match=r"adapter_mode='merge' .* continue, stack"):

@@ -35,9 +35,12 @@ def folder_of(path: Path, config: dict[str, Any] | None) -> Path:
     return path
 
 
-def run_config(tmp_path: Path, config: dict[str, Any] | None = None, **more: Any) -> TrainConfig:
+def run_config(tmp_path: Path, config: dict[str, Any] | None = None, *, words: int = 1, **more: Any) -> TrainConfig:
     folder = folder_of(tmp_path / "model", config)
-    rows = [{"prompt": f"where is {a}?", "chosen": f"{a} is here.", "rejected": f"no {a} at all."} for a in "abcdefgh"]
+    rows = [
+        {"prompt": f"where is {a}?", "chosen": f"{a} is here. " * words, "rejected": f"no {a} at all. " * words}
+        for a in "abcdefgh"
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given: dict[str, Any] = {
         "model": str(folder), "data": str(tmp_path / "pairs.jsonl"), "output_dir": str(tmp_path / "out"), "dtype": "float32",
@@ -71,6 +74,8 @@ def test_a_forest_that_is_larger_than_memory_allows_is_answered_with_one_that_fi
     config = run_config(
         tmp_path,
         shipped_config("llama-3.1-8b"),
+        words=6000,
+        max_length=2048,
         load_in_4bit=True,
         optim="paged_adamw_8bit",
         max_tokens_per_forest=60000,

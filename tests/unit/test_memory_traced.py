@@ -42,9 +42,8 @@ def held(name: str, tokens: int, settings: StepSettings, layers: int | None = No
     """`(traced, planned)` bytes of a step."""
     pytest.importorskip("bitsandbytes")
     config, shape = text_model(name, layers)
-    lora: dict[str, Any] | None = {"r": settings.lora_r, "target_modules": "all-linear"}
-    if settings.lora_targets is not None:
-        lora = {"r": settings.lora_r, "target_modules": list(settings.lora_targets)}
+    targets = "all-linear" if settings.lora_targets is None else list(settings.lora_targets)
+    lora = {"r": settings.lora_r, "target_modules": targets, "lora_dropout": settings.lora_dropout}
     traced = trace_step(
         config,
         tokens=tokens,
@@ -77,12 +76,31 @@ def test_qlora_of_a_large_model_is_planned_within_a_twentieth_of_its_trace(name:
         (dataclasses.replace(QLORA, weights="bfloat16", checkpointing=False), 1024),
         (dataclasses.replace(QLORA, lora_targets=("q_proj", "v_proj")), 2048),
         (dataclasses.replace(QLORA, lora_r=64), 512),
-        (StepSettings(weights="bfloat16", lora_r=0, optimiser="adamw_torch"), 1024),
+        (dataclasses.replace(QLORA, lora_targets=("o_proj",)), 4096),
+        (dataclasses.replace(QLORA, lora_dropout=0.05), 4096),
+        (StepSettings(weights="bfloat16", lora_r=0, optimiser="adamw_torch", device="cpu"), 1024),
     ],
 )
 def test_other_settings_are_planned_as_well(settings: StepSettings, tokens: int) -> None:
     traced, planned = held("llama-3.1-8b", tokens, settings, layers=2)
     assert planned == pytest.approx(traced, rel=MOST_OFF)
+
+
+def test_full_fine_tuning_with_a_tied_head_is_fullest_where_both_gradients_of_its_rows_meet() -> None:
+    settings = StepSettings(weights="bfloat16", lora_r=0, optimiser="adamw_torch_fused")
+    traced, planned = held("phi-4-mini", 1024, settings, layers=2)
+    assert planned == pytest.approx(traced, rel=MOST_OFF)
+
+
+def test_where_the_mlp_is_narrow_a_norm_is_the_widest_place() -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 32}
+    sizes |= {"num_key_value_heads": 8, "vocab_size": 32000, "pad_token_id": 0}
+    config = AutoConfig.for_model("llama", **sizes)
+    traced = trace_step(
+        config, tokens=8192, in_4bit=True, lora={"r": 16, "target_modules": "all-linear"}, checkpointing=True
+    )
+    planned = step_parts(read_shape(config.to_dict(), "narrow"), QLORA, 8192).allocated
+    assert planned == pytest.approx(traced.peak, rel=MOST_OFF)
 
 
 @pytest.mark.parametrize("model_type", ["gemma", "granite", "smollm3"])
