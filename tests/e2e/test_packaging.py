@@ -133,7 +133,9 @@ def test_a_wheel_holds_every_module_and_the_kernels_in_place_of_the_shim(wheel: 
     kernels = {f"dpo_engine/kernels/{path.name}" for path in (checkout / "kernels").glob("*.py")}
     assert kernels
     found = {name for name in files_in(wheel) if ".dist-info/" not in name}
-    assert found == modules - {"dpo_engine/kernels/__init__.py"} | kernels | {"dpo_engine/py.typed"}
+    shapes = {str(path.relative_to(checkout)) for path in (checkout / "dpo_engine").rglob("*.json")}
+    assert len(shapes) >= 9
+    assert found == modules - {"dpo_engine/kernels/__init__.py"} | kernels | shapes | {"dpo_engine/py.typed"}
 
 
 def test_an_sdist_builds_the_same_wheel(wheel: Path, wheel_from_sdist: Path) -> None:

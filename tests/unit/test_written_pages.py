@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_page_of_every_key_is_as_the_configuration_has_them() -> None:
     transformers = pytest.importorskip("transformers")
-    from dpo_engine.cli.reference_page import page
-
-    said, now = (ROOT / "docs" / "configuration.md").read_text("utf-8"), page()
+    # In a process of its own: other tests may have read defaults under other settings.
+    command = [sys.executable, "-m", "dpo_engine.cli.reference_page"]
+    now = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    said = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     until = None if f"as version {transformers.__version__} has them" in said else "## From `transformers"
     assert said.split(until)[0] == now.split(until)[0] if until else said == now, (
         "run: python -m dpo_engine.cli.reference_page > docs/configuration.md"
