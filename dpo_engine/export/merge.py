@@ -47,29 +47,19 @@ def merge(policy: Any, dtype: torch.dtype, quantised: nn.Module | None = None) -
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     opened = {} if quantised is None else _quantised_layers(quantised)
-    base = policy.get_base_model()
-    try:
-        for name, layer in list(base.named_modules()):
-            adapted = isinstance(layer, BaseTunerLayer)
-            plain: Any = layer.get_base_layer() if adapted else layer
-            if name in opened:
-                weight = _opened(opened[name])
-                plain.weight.data = weight.t().contiguous() if type(plain).__name__ == "Conv1D" else weight
-            elif adapted:
-                plain.weight.data = plain.weight.data.float()
-            if adapted:
-                probe = _probe(plain)
-                wanted = None if probe is None else layer(probe)
-                layer.merge(safe_merge=True)
-                if wanted is not None:
-                    _require_same(name, wanted, plain(probe))
-            if adapted or name in opened:
-                plain.weight.data = _rounded(f"{name}.weight", plain.weight.data, dtype)
-        model = policy.merge_and_unload()  # all is merged: what is left is to take the adapters off
-    except ExportError:
-        raise
-    except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
-        raise ExportError(f"the adapter cannot be merged: {' '.join(str(error).split())}") from error
+    for name, layer in list(policy.get_base_model().named_modules()):
+        adapted = isinstance(layer, BaseTunerLayer)
+        plain: Any = layer.get_base_layer() if adapted else layer
+        if name in opened:
+            weight = _opened(opened[name])
+            plain.weight.data = weight.t().contiguous() if type(plain).__name__ == "Conv1D" else weight
+        elif adapted:
+            plain.weight.data = plain.weight.data.float()
+        if adapted:
+            _merge_layer(name, layer, plain)
+        if adapted or name in opened:
+            plain.weight.data = _rounded(f"{name}.weight", plain.weight.data, dtype)
+    model = policy.merge_and_unload()  # all is merged: what is left is to take the adapters off
     config = model.config
     for tag in ("quantization_config", "auto_map"):  # a plain model, which asks for no code of its own
         if hasattr(config, tag):
@@ -91,6 +81,24 @@ def round_once(model: Any, dtype: torch.dtype) -> None:
             continue
         parameter.data = _rounded(name, parameter.data, dtype)
     model.config.dtype = dtype
+
+
+def _merge_layer(name: str, layer: Any, plain: Any) -> None:
+    """Add a layer's adapter to its float32 weight, and hold the sum to what the adapter on it gave."""
+    probe = _probe(plain)
+    wanted = None if probe is None else layer(probe)
+    try:
+        layer.merge(safe_merge=True)
+    except (
+        ValueError,
+        NotImplementedError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # peft has no type for it
+        raise ExportError(f"the adapter cannot be merged: {name}: {' '.join(str(error).split())}") from error
+    if wanted is not None:
+        _require_same(name, wanted, plain(probe))
 
 
 def _probe(layer: Any) -> Tensor | None:

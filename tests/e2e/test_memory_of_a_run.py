@@ -91,7 +91,10 @@ def test_a_forest_that_is_larger_than_memory_allows_is_answered_with_one_that_fi
 
 def test_scoring_alone_is_not_held_to_the_plan_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_memory(monkeypatch, 0.001)
-    prepare_run(run_config(tmp_path), print, trains=False)
+    config = run_config(tmp_path)
+    with pytest.raises(ConfigError, match="does not fit"):
+        prepare_run(config, print)
+    assert len(prepare_run(config, print, trains=False).data) == 8
 
 
 def test_a_run_says_what_it_was_planned_at_and_another_kind_of_model_goes_on_without(tmp_path: Path) -> None:
