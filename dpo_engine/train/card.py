@@ -8,7 +8,6 @@ The licence is what the base states; where it states none, the card says so and 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -23,6 +22,7 @@ import yaml
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import get_method
 from dpo_engine.model.adapters import ALL_LINEAR
+from dpo_engine.model.files import sha256_of
 from dpo_engine.model.fingerprint import weights_fingerprint
 from dpo_engine.model.loading import PACKAGED
 from dpo_engine.model.smollm2 import LICENSE, ORIGIN
@@ -264,16 +264,8 @@ def _data_facts(name: str | None, data: Any) -> dict[str, Any] | None:
         "name": path.name if is_file else name,
         "rows_read": data.report.rows_read,
         "rows_used": len(data),
-        "sha256": _sha256(path) if is_file else None,
+        "sha256": sha256_of(path) if is_file else None,
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _text_of(path: str, name: str) -> str | None:

