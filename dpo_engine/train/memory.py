@@ -21,7 +21,7 @@ from dpo_engine.memory.plan import MULTIPLE, cheapest_change, most_tokens
 from dpo_engine.memory.shapes import ModelShape, read_shape
 from dpo_engine.memory.step import MIB, STATE_BYTES, StepSettings, step_parts
 from dpo_engine.model.loading import resolve_dtype
-from dpo_engine.train.budget import host_bytes
+from dpo_engine.train.budget import MOST, host_bytes
 
 # How allocators, libraries and operating systems say it, where torch has no type for it.
 _WORDS = (
@@ -42,7 +42,7 @@ class RunMemory:
     card: Card
     """Its memory is what is free for this run."""
     tokens: int
-    """Of a forest: as asked for, or of the largest pair."""
+    """Of the largest forest: as asked for, or as large as is of use and fits; no larger than a step."""
     largest_pair: int
 
     @property
@@ -117,11 +117,15 @@ def plan_run(config: Any, model_config: Any, trees: Sequence[TokenTree]) -> RunM
     settings = _settings(config, shape)
     if isinstance(settings, str):
         return settings
+    card = _card_here(config.device)
+    wanted = config.max_tokens_per_forest
+    if wanted is None:  # as large as is of use, or as memory allows
+        wanted = min(MOST.get(config.device.type, MOST["cuda"]), most_tokens(shape, settings, card.memory))
     return RunMemory(
         shape=shape,
         settings=settings,
-        card=_card_here(config.device),
-        tokens=max(min(config.max_tokens_per_forest or 0, together or largest), largest),
+        card=card,
+        tokens=max(min(wanted, together), largest),
         largest_pair=largest,
     )
 

@@ -105,6 +105,9 @@ def test_a_run_says_what_it_was_planned_at_and_another_kind_of_model_goes_on_wit
         r"memory: planned at \d+ MiB of [\d,]+ \(cpu, what is free of it\), with forests of \d+ tokens", line
     )
     assert result["planned_mb"] > 0
+    # Planned are the forests that are trained on, which a step's pairs or the budget bound.
+    tokens = int(line.split()[-2])
+    assert tokens <= result["max_tokens_per_forest"] and tokens > 100
 
     other, vocabulary = tmp_path / "other", len(small_tokenizer())
     config = run_config(tmp_path, output_dir=str(other))
