@@ -119,7 +119,7 @@ def test_label_smoothing_changes_loss_and_gradient_as_conservative_dpo_says(tmp_
 def test_a_step_of_four_pairs_is_the_same_however_it_is_accumulated(tmp_path: Path, lora: bool) -> None:
     data = random_pairs(8, seed=8, longest=40)
     lengths = [len(ids) for tree in data.trees for ids in tree.completions]
-    assert max(lengths) > 10 * min(lengths)
+    assert max(lengths) > 5 * min(lengths)
     start = get_peft_model(tiny_llama(), LORA) if lora else tiny_llama()
     naive = train_naively(copy.deepcopy(start), [data.trees[i : i + 4] for i in (0, 4)], beta=0.1, lr=1e-2)
     for size, steps in ((4, 1), (1, 4), (2, 2)):
