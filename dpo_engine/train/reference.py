@@ -262,8 +262,11 @@ class RunReference:
         if any(type(parameter).__name__ == "DTensor" for parameter in parameters):
             return None
         # DDP writes every parameter of the policy anew when it wraps it, which says nothing.
-        counts = () if self.is_policy and self.accelerator.num_processes > 1 else tuple(p._version for p in parameters)
-        return _Seen(_sample(parameters), counts)
+        is_replicated = self.is_policy and self.accelerator.num_processes > 1
+        counted = (
+            [] if is_replicated else [p for p in parameters if not p.is_inference()]
+        )  # of which nothing is counted
+        return _Seen(_sample(parameters), tuple(p._version for p in counted))
 
     def check_still(self) -> None:
         """Refuse to go on with log-probs of what the reference was, or to keep log-probs under an address that was its own.

@@ -502,6 +502,7 @@ class DPOTrainer(Trainer):
             self.know_reference()
         if eval_dataset is not None:
             eval_dataset = tokenized(eval_dataset, self.processing_class, self.config, "eval_dataset")  # type: ignore[arg-type]
+            check_token_ids(self._known_words, [eval_dataset], self.processing_class)  # type: ignore[arg-type]
             if not is_sharded:
                 eval_dataset = self.references.known(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)

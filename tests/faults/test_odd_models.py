@@ -18,6 +18,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from dpo_engine import DPOConfig, DPOTrainer
+from dpo_engine.data import TokenizedTree
 from dpo_engine.errors import ConfigError, DataError, ModelError, TrainingError
 from support.naive_dpo import completion_logps
 from support.tiny_pairs import VOCABULARY, random_pairs, tiny_llama
@@ -157,6 +158,10 @@ def test_a_reference_with_fewer_tokens_is_refused_with_the_row_that_it_cannot_re
         made(tmp_path, tiny_llama(), tiny_llama(vocab_size=150))
     with pytest.raises(DataError, match=r"row \d+: has the token id 1\d\d, and the model has a vocabulary of 150"):
         made(tmp_path, tiny_llama(vocab_size=150))
+    few = [TokenizedTree(prompt_ids=[1], completions=([2, 3], [4]), origin="row 1")] * 4
+    run = made(tmp_path, tiny_llama(vocab_size=150), train_dataset=few)
+    with pytest.raises(DataError, match=r"row \d+: has the token id 1\d\d, and the model has a vocabulary of 150"):
+        run.evaluate(random_pairs(12))
 
 
 def test_tokens_of_a_stream_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None:
@@ -174,6 +179,12 @@ def test_tokens_of_a_stream_that_the_model_does_not_know_are_refused(tmp_path: P
     )
     with pytest.raises(DataError, match=r"has the token id \d+, and the model has a vocabulary of 60"):
         run.train()
+
+
+def test_a_reference_that_was_made_for_inference_is_asked(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        reference = tiny_llama()
+    assert losses(made(tmp_path, tiny_llama(), reference, precompute_ref_log_probs=True))[0] == pytest.approx(START)
 
 
 def test_a_reference_of_another_tokenizers_size_is_refused_and_padding_is_announced(

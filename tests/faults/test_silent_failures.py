@@ -346,6 +346,18 @@ def test_what_the_reference_said_is_used_and_the_loss_moves(tmp_path: Path, aske
     assert all(abs(loss - START) > 1e-3 for loss in expected)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_log_probs_kept_by_a_run_of_dpo_are_weighed_anew_by_one_of_ld_dpo(tmp_path: Path, alpha: float) -> None:
+    found = []
+    for changes in ({}, {"method": "ld_dpo", "ld_alpha": alpha}, {"method": "ld_dpo", "ld_alpha": alpha, "live": True}):
+        cache = "off" if changes.pop("live", False) else str(tmp_path / "cache")
+        run, _ = run_of(tmp_path, tiny_llama(seed=1), ref_model=tiny_llama(seed=2), reference_cache=cache, **changes)
+        run.train()
+        found.append(logged(run))
+    assert found[1] == pytest.approx(found[2], rel=1e-5)
+    assert found[1] != pytest.approx(found[0], rel=1e-3)
+
+
 # ---- tokens ----
 
 
