@@ -21,6 +21,15 @@ SAMPLE_ROWS = 100
 
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 """What a row may bring of its reference: sums over scored tokens, in nats."""
+TRL_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""TRL's names for the same."""
+
+_NOT_SUPPORTED = {
+    "tools": "tool definitions are not supported yet",
+    "chat_template_kwargs": "a chat template is given nothing but messages",
+    "image": "the engine trains language models on text alone",
+    "images": "the engine trains language models on text alone",
+}
 
 Text = str | list[Message]
 Pair = tuple[Text, Text, Text]
@@ -92,7 +101,7 @@ def detect_format(rows: Iterable[Mapping[str, Any]]) -> DataFormat:
     present = dict.fromkeys(column for row in rows for column in row)
     known = sorted((*shape.needs, *shape.optional), key=lambda column: column in _PAIR)  # the pair last
     if shape.convert is not None:
-        known += REFERENCE_COLUMNS
+        known += [*REFERENCE_COLUMNS, *TRL_REFERENCE_COLUMNS]
     return DataFormat(
         shape=shape,
         columns=tuple(column for column in known if column in present),
@@ -126,8 +135,9 @@ def preference_row(data_format: DataFormat, row: SourceRow) -> PreferenceRow:
     missing = [column for column in shape.needs if column not in columns]
     if missing:
         raise BadRow(f"missing column {', '.join(map(repr, missing))}, found {', '.join(columns) or 'none'}")
-    if columns.get("tools"):
-        raise BadRow("column 'tools' is not empty, and tool definitions are not supported yet")
+    for column, why in _NOT_SUPPORTED.items():
+        if columns.get(column):
+            raise BadRow(f"column {column!r} is not empty, and {why}")
     if shape.convert is None:
         raise BadRow("is not a pair")
     prompt, chosen, rejected = shape.convert(columns)
@@ -143,13 +153,23 @@ def preference_row(data_format: DataFormat, row: SourceRow) -> PreferenceRow:
 
 def _reference_logps(row: Mapping[str, Any]) -> tuple[float, float] | None:
     """The sums that a row brings; None where it has no such columns, or null in both."""
-    values = [row.get(column) for column in REFERENCE_COLUMNS]
+    found = [
+        names
+        for names in (REFERENCE_COLUMNS, TRL_REFERENCE_COLUMNS)
+        if any(row.get(name) is not None for name in names)
+    ]
+    if len(found) > 1:
+        raise BadRow(
+            f"columns {found[0][0]!r} and {found[1][0]!r} are both there; expected the reference's log-probs once"
+        )
+    columns = found[0] if found else REFERENCE_COLUMNS
+    values = [row.get(column) for column in columns]
     if values == [None, None]:
         return None
-    for column, other in (REFERENCE_COLUMNS, REFERENCE_COLUMNS[::-1]):
+    for column, other in (columns, columns[::-1]):
         if column not in row:
             raise BadRow(f"column {other!r} is there without {column!r}; expected both, or none")
-    for column, value in zip(REFERENCE_COLUMNS, values, strict=True):
+    for column, value in zip(columns, values, strict=True):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None or not is_number or not math.isfinite(value) or value > 0:
             raise BadRow(f"column {column!r} must be a finite log-prob of at most 0, or null in both, found {value!r}")
