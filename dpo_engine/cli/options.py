@@ -106,9 +106,10 @@ def help_text(config_class: type, own: Iterable[type]) -> str:
 def _check_aliases(given: dict[str, Any], values: dict[str, Any]) -> None:
     """Refuse an alias and its key that are both given and differ, also where the key was given its default."""
     for row in TRL_NAMES:
-        if row.kind == ALIAS and row.name in given and row.to in given and values[row.name] is not None:
-            if our_value(row, values[row.name]) != values[row.to]:
-                raise both_given(row, values[row.name], values[row.to])
+        if row.kind != ALIAS or row.name not in given or row.to not in given or values[row.name] is None:
+            continue
+        if our_value(row, values[row.name]) != values[row.to]:
+            raise both_given(row, values[row.name], values[row.to])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -55,6 +55,8 @@ class Shape:
     """Row -> pair; raises `BadRow` or `UnusableRow`. None: the rows are not pairs."""
     plain_separator: str = ""
     """What stands between prompt and completion without a chat template."""
+    continues: bool = False
+    """Completions go on with the prompt's own text, which is put in no chat template unless that is asked for."""
     transcript: bool = False
     """Texts are HH-RLHF transcripts, which are parsed into messages when there is a chat template."""
 
@@ -297,10 +299,9 @@ def _shared_messages(chosen: list[Message], rejected: list[Message], asked: str 
 
 def _transcript_pair(row: Mapping[str, Any]) -> Pair:
     """Two HH-RLHF transcripts, cut after their last "Assistant:"."""
-    marker = "\n\nAssistant:"
     halves = []
     for column in ("chosen", "rejected"):
-        head, found, completion = _text(row, column).rpartition(marker)
+        head, found, completion = _text(row, column).rpartition(_MARKER)
         if not found:
             raise BadRow(f"there is no 'prompt', and column {column!r} has no '\\n\\nAssistant:' as transcripts do")
         halves.append((head + found, completion))
@@ -310,6 +311,22 @@ def _transcript_pair(row: Mapping[str, Any]) -> Pair:
     if prompt != other_prompt:
         raise UnusableRow("prompts differ")
     return prompt, chosen, rejected
+
+
+def _shared_text_pair(row: Mapping[str, Any]) -> Pair:
+    """Two texts that begin alike: the prompt is what they share, without a space at its end."""
+    chosen, rejected = (_text(row, column) for column in _PAIR)
+    differ = (at for at, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    shared = next(differ, min(len(chosen), len(rejected)))
+    if chosen[:shared].endswith(" "):
+        shared -= 1
+    if not chosen[:shared].strip():
+        raise UnusableRow("prompts differ")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _are_transcripts(row: Mapping[str, Any]) -> bool:
+    return all(isinstance(row[column], str) and _MARKER in row[column] for column in _PAIR)
 
 
 def _all_text(*columns: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -325,6 +342,7 @@ def _labelled(row: Mapping[str, Any]) -> bool:
 
 
 _PAIR = ("chosen", "rejected")
+_MARKER = "\n\nAssistant:"
 
 SHAPES = (
     Shape(
@@ -366,9 +384,16 @@ SHAPES = (
     Shape(
         name="HH-RLHF transcripts",
         needs=_PAIR,
-        matches=_all_text(*_PAIR),
+        matches=_are_transcripts,
         convert=_transcript_pair,
         transcript=True,
+    ),
+    Shape(
+        name="texts that begin alike",
+        needs=_PAIR,
+        matches=_all_text(*_PAIR),
+        convert=_shared_text_pair,
+        continues=True,
     ),
     Shape(
         name="full conversations",

@@ -348,7 +348,8 @@ class Loading:
     ) -> None:
         shape = source.format.shape
         renderer: ChatRenderer | PlainRenderer = PlainRenderer(shape.plain_separator)
-        if use_chat_template(tokenizer, options.chat_template):
+        is_plain = shape.continues and options.chat_template == "auto"
+        if use_chat_template(tokenizer, options.chat_template) and not is_plain:
             renderer = ChatRenderer(tokenizer, transcript=shape.transcript)
         self._rows, self._renderer, self._options = source.rows, renderer, options
         self._encoder = TreeEncoder(tokenizer, adds_bos=renderer.adds_bos, appends_eos=renderer.appends_eos)

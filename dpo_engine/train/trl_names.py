@@ -133,6 +133,24 @@ TRL_NAMES: tuple[TrlName, ...] = (
     ),
     TrlName(name="lr_scheduler_kwargs", kind=SAME, versions="0.28-1.16", default=None),
     TrlName(name="torch_empty_cache_steps", kind=SAME, versions="1.0-1.16", default=None),
+    TrlName(
+        name="no_gradient_checkpointing",
+        kind=ALIAS,
+        versions=ALL,
+        default=None,
+        to="gradient_checkpointing",
+        values={True: False},
+        type=bool | None,
+        note="A flag that TRL's parser makes of a default that is true.",
+    ),
+    TrlName(
+        name="no_remove_unused_columns",
+        kind=NO_EFFECT,
+        versions=ALL,
+        default=False,
+        type=bool,
+        note="columns that are not read are left alone, and named",
+    ),
     # ---- the loss ----
     TrlName(
         name="loss_type",

@@ -12,17 +12,22 @@ ENDS_WITH_TURN = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{% endfor
 """ChatML with nothing behind a turn's end token, so that TRL and the engine score the same tokens."""
 
 STANDARD = [
-    {"prompt": "where is the cat? ", "chosen": "the cat is on the mat.", "rejected": "the dog ran."},
-    {"prompt": "Question: where is the dog? Answer: ", "chosen": "the dog ran away.", "rejected": "hello there"},
-    {"prompt": "what is the cat called? ", "chosen": "the cat has no name.", "rejected": "the mat is a cat, I can help."},
-    {"prompt": "hello ", "chosen": "hello, how can I help you today?", "rejected": "the cat sat."},
-] * 2  # fmt: skip
+    {"prompt": "where is the cat?", "chosen": " the cat is on the mat.", "rejected": " the dog ran."},
+    {"prompt": "Question: where is the dog? Answer:", "chosen": " the dog ran away.", "rejected": " hello there"},
+    {
+        "prompt": "what is the cat called?",
+        "chosen": " the cat has no name.",
+        "rejected": " the mat is a cat, I can help.",
+    },
+    {"prompt": "hello", "chosen": " hello, how can I help you today?", "rejected": " the cat sat."},
+] * 2
+"""No tokenizer merges across the end of these prompts."""
 
 CONVERSATIONS = [
     {
-        "prompt": [{"role": "user", "content": row["prompt"].strip()}],
-        "chosen": [{"role": "assistant", "content": row["chosen"]}],
-        "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "chosen": [{"role": "assistant", "content": row["chosen"].strip()}],
+        "rejected": [{"role": "assistant", "content": row["rejected"].strip()}],
     }
     for row in STANDARD
 ]
