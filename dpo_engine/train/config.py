@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -148,7 +148,7 @@ class DPOConfig(TrlArguments, TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: batches are forests."})
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "ref_model_init_kwargs",

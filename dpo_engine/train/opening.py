@@ -102,7 +102,7 @@ def say_of_routers(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if getattr(config, "router_aux_loss_coef", 0.0) and hasattr(config, "output_router_logits"):
         say_once(
-            f"the router's balancing loss is not added (TRL from 1.14 on adds {config.router_aux_loss_coef} of it unless "
+            f"the router's balancing loss is not added (TRL from 1.8 on adds {config.router_aux_loss_coef} of it unless "
             "router_aux_loss_coef is 0)"
         )
 

@@ -90,9 +90,7 @@ LOSS_TYPES: dict[str, LossType] = {
     "aot": LossType(
         method="aot", nearest="dpo", note="TRL sorts within a micro-batch; a method here sees a whole step."
     ),
-    "aot_pair": LossType(
-        method="", nearest="dpo", note="The name, in TRL 0.24 to 0.28, of what is aot_unpaired since."
-    ),
+    "aot_pair": LossType(method="", nearest="dpo", note="TRL 0.24's name for what is aot_unpaired since."),
     "aot_unpaired": LossType(
         method="",
         nearest="dpo",
@@ -247,7 +245,7 @@ TRL_NAMES: tuple[TrlName, ...] = (
         only=(None, 0.0, 0.001),
         type=float | None,
         note=(
-            "a mixture's balancing loss is not added here (TRL 1.16 adds it with the model's own coefficient "
+            "a mixture's balancing loss is not added here (TRL from 1.14 on adds it with the model's own coefficient "
             "unless told 0): say 0.0"
         ),
     ),
@@ -397,7 +395,7 @@ TRL_NAMES: tuple[TrlName, ...] = (
         kind=SAME,
         versions=OLD,
         default=None,
-        note="TRL 0.24: 512 if not given; here no bound.",
+        note="TRL 0.24 to 0.28: 512 if not given; here no bound.",
     ),
     TrlName(name="max_completion_length", kind=SAME, versions=OLD, default=None),
     TrlName(
