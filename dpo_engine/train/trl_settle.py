@@ -51,8 +51,10 @@ def settle_names(config: Any) -> None:
             setattr(config, row.to, ours)
             setattr(config, row.name, None)
             say_once(_alias_line(row, given, ours))
-    if is_of_trl and (line := _defaults_line(config, fields)):
+    was_said = vars(config).get("_defaults_said", False)  # what has no effect stays, and is seen again
+    if is_of_trl and not was_said and (line := _defaults_line(config, fields)):
         say_once(line)
+        config._defaults_said = True
 
 
 def check_value(row: TrlName, given: Any) -> None:
@@ -87,7 +89,7 @@ def both_given(row: TrlName, given: Any, own: Any) -> ConfigError:
 
 
 def plain(value: Any) -> Any:
-    """An enum's value (TRL 0.24 has one of f-divergences), and of a list with one loss in it that loss."""
+    """An enum's value (TRL 0.24 has one of f-divergences), and a tuple as a list."""
     value = getattr(value, "value", value)
     return list(value) if isinstance(value, tuple) else value
 
