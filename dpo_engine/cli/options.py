@@ -14,6 +14,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from dpo_engine.errors import ConfigError
+from dpo_engine.train.trl_names import ALIAS, SAME, TRL_NAMES, trl_name
+from dpo_engine.train.trl_settle import both_given, check_value, our_value
 
 Config = TypeVar("Config")
 
@@ -59,10 +61,14 @@ def parse(config_class: type[Config], arguments: Sequence[str]) -> Config:
             raise ConfigError(
                 f"{name} is not an option{nearest(name, known)}; see dpo-engine train --help for all of them"
             )
+        row = trl_name(name)
+        if row is not None and isinstance(given[name], list):  # which may be nested, and then is no flag
+            check_value(row, given[name])
     unset = {name for name, value in given.items() if value is None}
     tokens = [token for name, value in given.items() if name not in unset for token in _as_tokens(name, value)]
     parser = _Parser(config_class, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]
     values = vars(parser.parse_args(tokens)) | dict.fromkeys(unset)
+    _check_aliases(given, values)
     try:
         return config_class(**{name: values[name] for name in known if name in values})
     except ConfigError:
@@ -80,9 +86,11 @@ def help_text(config_class: type, own: Iterable[type]) -> str:
     ]
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     ours = [name for cls in own for name in inspect.get_annotations(cls) if name in fields]
+    of_trl = [row.name for row in TRL_NAMES if row.kind != SAME and row.name in fields and row.name not in ours]
     for title, names in (
         ("Options", ours),
-        ("From transformers.TrainingArguments", [n for n in fields if n not in ours]),
+        ("From transformers.TrainingArguments", [n for n in fields if n not in ours and n not in of_trl]),
+        ("TRL's names, for what runs there (docs/trl-differences.md)", of_trl),
     ):
         lines += ["", f"{title}:"]
         for name in names:
@@ -93,6 +101,15 @@ def help_text(config_class: type, own: Iterable[type]) -> str:
             )  # argparse's way to write it
             lines.append(f"  --{name}{default}" + (f"\n        {text}" if text else ""))
     return "\n".join(lines)
+
+
+def _check_aliases(given: dict[str, Any], values: dict[str, Any]) -> None:
+    """Refuse an alias and its key that are both given and differ, also where the key was given its default."""
+    for row in TRL_NAMES:
+        if row.kind != ALIAS or row.name not in given or row.to not in given or values[row.name] is None:
+            continue
+        if our_value(row, values[row.name]) != values[row.to]:
+            raise both_given(row, values[row.name], values[row.to])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments, __version__
 
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.run import TrainConfig
+from dpo_engine.train.trl_names import SAME, TRL_NAMES
 
 _HEAD = """# Every key of a run
 
@@ -21,7 +22,8 @@ _HEAD = """# Every key of a run
 
 Keys of the YAML file that `dpo-engine train` takes, and its flags (`--key value`), are the fields of one configuration;
 flags win over the file. `DPOConfig` has the second and third table as arguments. A key that is not here is refused, with
-the nearest that is. Where the default reads "none", the text says what that means."""
+the nearest that is; TRL's names are taken too, and have [a page of their own](trl-differences.md). Where the default reads
+"none", the text says what that means."""
 _TITLES = {
     TrainConfig: "Of the command: model, data, adapters, output",
     DPOConfig: "Of the trainer",
@@ -32,7 +34,9 @@ _TITLES = {
 def page() -> str:
     """The page, as Markdown."""
     fields = {field.name: field for field in dataclasses.fields(TrainConfig) if field.init}
-    left, parts = set(fields), [_HEAD]
+    annotated = {name for owner in (TrainConfig, DPOConfig) for name in inspect.get_annotations(owner)}
+    of_trl = {row.name for row in TRL_NAMES if row.kind != SAME} - annotated
+    left, parts = set(fields) - of_trl, [_HEAD]
     for owner, title in _TITLES.items():
         own = [name for name in (*inspect.get_annotations(owner), *fields) if name in left]
         if owner is not TrainingArguments:

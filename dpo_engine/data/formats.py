@@ -21,6 +21,15 @@ SAMPLE_ROWS = 100
 
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 """What a row may bring of its reference: sums over scored tokens, in nats."""
+TRL_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""TRL's names for the same."""
+
+_NOT_SUPPORTED = {
+    "tools": "tool definitions are not supported yet",
+    "chat_template_kwargs": "a chat template is given nothing but messages",
+    "image": "the engine trains language models on text alone",
+    "images": "the engine trains language models on text alone",
+}
 
 Text = str | list[Message]
 Pair = tuple[Text, Text, Text]
@@ -46,6 +55,8 @@ class Shape:
     """Row -> pair; raises `BadRow` or `UnusableRow`. None: the rows are not pairs."""
     plain_separator: str = ""
     """What stands between prompt and completion without a chat template."""
+    continues: bool = False
+    """Completions go on with the prompt's own text, which is put in no chat template unless that is asked for."""
     transcript: bool = False
     """Texts are HH-RLHF transcripts, which are parsed into messages when there is a chat template."""
 
@@ -92,7 +103,7 @@ def detect_format(rows: Iterable[Mapping[str, Any]]) -> DataFormat:
     present = dict.fromkeys(column for row in rows for column in row)
     known = sorted((*shape.needs, *shape.optional), key=lambda column: column in _PAIR)  # the pair last
     if shape.convert is not None:
-        known += REFERENCE_COLUMNS
+        known += [*REFERENCE_COLUMNS, *TRL_REFERENCE_COLUMNS]
     return DataFormat(
         shape=shape,
         columns=tuple(column for column in known if column in present),
@@ -126,8 +137,9 @@ def preference_row(data_format: DataFormat, row: SourceRow) -> PreferenceRow:
     missing = [column for column in shape.needs if column not in columns]
     if missing:
         raise BadRow(f"missing column {', '.join(map(repr, missing))}, found {', '.join(columns) or 'none'}")
-    if columns.get("tools"):
-        raise BadRow("column 'tools' is not empty, and tool definitions are not supported yet")
+    for column, why in _NOT_SUPPORTED.items():
+        if columns.get(column):
+            raise BadRow(f"column {column!r} is not empty, and {why}")
     if shape.convert is None:
         raise BadRow("is not a pair")
     prompt, chosen, rejected = shape.convert(columns)
@@ -143,13 +155,23 @@ def preference_row(data_format: DataFormat, row: SourceRow) -> PreferenceRow:
 
 def _reference_logps(row: Mapping[str, Any]) -> tuple[float, float] | None:
     """The sums that a row brings; None where it has no such columns, or null in both."""
-    values = [row.get(column) for column in REFERENCE_COLUMNS]
+    found = [
+        names
+        for names in (REFERENCE_COLUMNS, TRL_REFERENCE_COLUMNS)
+        if any(row.get(name) is not None for name in names)
+    ]
+    if len(found) > 1:
+        raise BadRow(
+            f"columns {found[0][0]!r} and {found[1][0]!r} are both there; expected the reference's log-probs once"
+        )
+    columns = found[0] if found else REFERENCE_COLUMNS
+    values = [row.get(column) for column in columns]
     if values == [None, None]:
         return None
-    for column, other in (REFERENCE_COLUMNS, REFERENCE_COLUMNS[::-1]):
+    for column, other in (columns, columns[::-1]):
         if column not in row:
             raise BadRow(f"column {other!r} is there without {column!r}; expected both, or none")
-    for column, value in zip(REFERENCE_COLUMNS, values, strict=True):
+    for column, value in zip(columns, values, strict=True):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None or not is_number or not math.isfinite(value) or value > 0:
             raise BadRow(f"column {column!r} must be a finite log-prob of at most 0, or null in both, found {value!r}")
@@ -277,10 +299,9 @@ def _shared_messages(chosen: list[Message], rejected: list[Message], asked: str 
 
 def _transcript_pair(row: Mapping[str, Any]) -> Pair:
     """Two HH-RLHF transcripts, cut after their last "Assistant:"."""
-    marker = "\n\nAssistant:"
     halves = []
     for column in ("chosen", "rejected"):
-        head, found, completion = _text(row, column).rpartition(marker)
+        head, found, completion = _text(row, column).rpartition(_MARKER)
         if not found:
             raise BadRow(f"there is no 'prompt', and column {column!r} has no '\\n\\nAssistant:' as transcripts do")
         halves.append((head + found, completion))
@@ -290,6 +311,22 @@ def _transcript_pair(row: Mapping[str, Any]) -> Pair:
     if prompt != other_prompt:
         raise UnusableRow("prompts differ")
     return prompt, chosen, rejected
+
+
+def _shared_text_pair(row: Mapping[str, Any]) -> Pair:
+    """Two texts that begin alike: the prompt is what they share, without a space at its end."""
+    chosen, rejected = (_text(row, column) for column in _PAIR)
+    differ = (at for at, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    shared = next(differ, min(len(chosen), len(rejected)))
+    if chosen[:shared].endswith(" "):
+        shared -= 1
+    if not chosen[:shared].strip():
+        raise UnusableRow("prompts differ")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _are_transcripts(row: Mapping[str, Any]) -> bool:
+    return all(isinstance(row[column], str) and _MARKER in row[column] for column in _PAIR)
 
 
 def _all_text(*columns: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -305,6 +342,7 @@ def _labelled(row: Mapping[str, Any]) -> bool:
 
 
 _PAIR = ("chosen", "rejected")
+_MARKER = "\n\nAssistant:"
 
 SHAPES = (
     Shape(
@@ -346,9 +384,16 @@ SHAPES = (
     Shape(
         name="HH-RLHF transcripts",
         needs=_PAIR,
-        matches=_all_text(*_PAIR),
+        matches=_are_transcripts,
         convert=_transcript_pair,
         transcript=True,
+    ),
+    Shape(
+        name="texts that begin alike",
+        needs=_PAIR,
+        matches=_all_text(*_PAIR),
+        convert=_shared_text_pair,
+        continues=True,
     ),
     Shape(
         name="full conversations",

@@ -35,7 +35,7 @@ from dpo_engine.data.templates import (
     use_chat_template,
 )
 from dpo_engine.data.tokenizing import EncodedTree, TreeEncoder
-from dpo_engine.data.truncation import LOST, check_truncation, truncate_tree
+from dpo_engine.data.truncation import LOST, bound_tree, check_truncation, truncate_tree
 from dpo_engine.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class ReadingOptions:
     skip_bad_rows: bool
     limit: int | None
     chat_template: str | bool
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises `ConfigError` for the first option out of range."""
@@ -115,6 +117,8 @@ def load_pairs(
     limit: int | None = None,
     chat_template: str | bool = "auto",
     method: str = "dpo",
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
 ) -> PairData:
     """Reads a source and tokenises it.
 
@@ -128,6 +132,8 @@ def load_pairs(
         limit: Keep only the first so many usable pairs, and do not look at the rows after them.
         chat_template: "auto" (if the tokenizer has one), "on" or "off".
         method: The method that will use the pairs.
+        max_prompt_length: Tokens of a prompt, which loses its beginning beyond it; before `max_length`.
+        max_completion_length: Tokens of a completion, which loses its end beyond it; before `max_length`.
 
     Returns:
         The trees, their rows and the report.
@@ -142,6 +148,8 @@ def load_pairs(
         skip_bad_rows=skip_bad_rows,
         limit=limit,
         chat_template=chat_template,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
     )
     options.check(tokenizer)
     if not isinstance(source, PairSource):
@@ -162,12 +170,15 @@ def load_row(
     chat_template: str | bool = "auto",
     skip_bad_rows: bool = False,
     method: str = "dpo",
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
 ) -> TokenizedTree:
     """The tree of one row, as `load_pairs` makes it.
 
     Args:
         number: The row's number in messages about it: of a .jsonl file the line, else the row, from 1.
-        source, tokenizer, max_length, truncation, split, chat_template, skip_bad_rows, method: As for `load_pairs`.
+        source, tokenizer, max_length, truncation, split, chat_template, skip_bad_rows, method, max_prompt_length,
+            max_completion_length: As for `load_pairs`.
 
     Raises:
         ConfigError, DataError: As for `load_pairs`; there is no such row, or it is left out (the message says why).
@@ -178,6 +189,8 @@ def load_row(
         skip_bad_rows=skip_bad_rows,
         limit=None,
         chat_template=chat_template,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
     )
     options.check(tokenizer)
     found = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method)
@@ -220,13 +233,16 @@ def tokenize_pairs(
     chat_template: str | bool = "auto",
     method: str = "dpo",
     source: str | None = None,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
 ) -> PairData:
     """Tokenises rows that are already in memory.
 
     Args:
         rows: A list of dicts or a `datasets.Dataset`, in any shape that files may have; or a `PairSource`.
         tokenizer: A transformers tokenizer.
-        max_length, truncation, skip_bad_rows, limit, chat_template, method: As for `load_pairs`.
+        max_length, truncation, skip_bad_rows, limit, chat_template, method, max_prompt_length, max_completion_length:
+            As for `load_pairs`.
         source: What to call the rows in messages, such as "train_dataset".
 
     Returns:
@@ -246,6 +262,8 @@ def tokenize_pairs(
         limit=limit,
         chat_template=chat_template,
         method=method,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
     )
 
 
@@ -330,7 +348,8 @@ class Loading:
     ) -> None:
         shape = source.format.shape
         renderer: ChatRenderer | PlainRenderer = PlainRenderer(shape.plain_separator)
-        if use_chat_template(tokenizer, options.chat_template):
+        is_plain = shape.continues and options.chat_template == "auto"
+        if use_chat_template(tokenizer, options.chat_template) and not is_plain:
             renderer = ChatRenderer(tokenizer, transcript=shape.transcript)
         self._rows, self._renderer, self._options = source.rows, renderer, options
         self._encoder = TreeEncoder(tokenizer, adds_bos=renderer.adds_bos, appends_eos=renderer.appends_eos)
@@ -386,7 +405,8 @@ class Loading:
             scored=encoded.scored,
             reference_logps=row.reference_logps,
         )
-        tree = truncate_tree(whole, options.max_length, options.truncation)
+        bounded = bound_tree(whole, options.max_prompt_length, options.max_completion_length)
+        tree = bounded and truncate_tree(bounded, options.max_length, options.truncation)
         if tree is None:
             report.leave_out(LOST[options.truncation], row.origin)
             return

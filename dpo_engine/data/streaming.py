@@ -42,7 +42,7 @@ class PairStream(IterableDataset):
         rows: an iterable of dicts, such as a `datasets.IterableDataset`.
         tokenizer: a transformers tokenizer.
         source: what to call the rows in messages.
-        max_length, truncation, skip_bad_rows, chat_template, method: as for `load_pairs`.
+        max_length, truncation, skip_bad_rows, chat_template, method, max_prompt_length, max_completion_length: as for `load_pairs`.
 
     Raises:
         ConfigError: an option is out of range.
@@ -60,6 +60,8 @@ class PairStream(IterableDataset):
         skip_bad_rows: bool = False,
         chat_template: str | bool = "auto",
         method: str = "dpo",
+        max_prompt_length: int | None = None,
+        max_completion_length: int | None = None,
     ) -> None:
         self.options = ReadingOptions(
             max_length=max_length,
@@ -67,6 +69,8 @@ class PairStream(IterableDataset):
             skip_bad_rows=skip_bad_rows,
             limit=None,
             chat_template=chat_template,
+            max_prompt_length=max_prompt_length,
+            max_completion_length=max_completion_length,
         )
         self.options.check(tokenizer)
         self.rows, self.tokenizer, self.source, self.method = rows, tokenizer, source, method

@@ -9,10 +9,15 @@ so a prompt is cut once, as far as the longest completion needs.
 - drop: the tree is left out.
 - error: `DataError`.
 
+Before that, a prompt may have a bound of its own, beyond which its beginning goes, and a completion one, beyond which its end
+goes.
+
 A tree is lost, too, when nothing that is scored is left of one of its completions.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from dpo_engine.data.records import TokenizedTree
 from dpo_engine.errors import ConfigError, DataError
@@ -66,4 +71,33 @@ def truncate_tree(tree: TokenizedTree, max_length: int | None, truncation: str) 
         completions=tuple(completion[:room] for completion in tree.completions),
         origin=tree.origin,
         scored=scored,
+    )
+
+
+def bound_tree(
+    tree: TokenizedTree, max_prompt_length: int | None, max_completion_length: int | None
+) -> TokenizedTree | None:
+    """The tree with the last `max_prompt_length` tokens of its prompt and the first `max_completion_length` of each completion.
+
+    Args:
+        tree: A tree whose prompt and completions have at least one token each.
+        max_prompt_length, max_completion_length: At least 1; None for no bound.
+
+    Returns:
+        The tree itself if it is within both, a shorter one, or None where nothing that is scored is left of a completion.
+    """
+    prompt, completions = tree.prompt_ids, tree.completions
+    longest = max(map(len, completions))
+    if len(prompt) <= (max_prompt_length or len(prompt)) and longest <= (max_completion_length or longest):
+        return tree
+    room = max_completion_length or longest
+    scored = tree.scored and tuple(mask[:room] for mask in tree.scored)
+    if scored and not all(map(any, scored)):
+        return None
+    return replace(
+        tree,
+        prompt_ids=prompt[-(max_prompt_length or len(prompt)) :],
+        completions=tuple(completion[:room] for completion in completions),
+        scored=scored,
+        reference_logps=None,
     )

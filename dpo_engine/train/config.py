@@ -15,6 +15,8 @@ from dpo_engine.losses import get_method
 from dpo_engine.model.layout import SHARE_PROMPT
 from dpo_engine.model.liger import LIGER, LOSSES
 from dpo_engine.ops import BACKENDS
+from dpo_engine.train.trl_names import TrlArguments
+from dpo_engine.train.trl_settle import say_once, settle_names
 
 DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
 
@@ -27,8 +29,10 @@ class LigerChoice(str):
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
+class DPOConfig(TrlArguments, TrainingArguments):
     """What `DPOTrainer` is told: `transformers.TrainingArguments` and the fields below.
+
+    TRL's names are taken too (`dpo_engine/train/trl_names.py`); docs/trl-differences.md says what each is here.
 
     `per_device_train_batch_size` counts pairs. A step's gradient is the mean over the step's pairs, whatever the
     packing.
@@ -48,13 +52,22 @@ class DPOConfig(TrainingArguments):
         default="mean",
         metadata={"help": "ipo: compare means over tokens (mean, as most trainers do) or sums (sum, as in the paper)."},
     )
-    ld_alpha: float = field(
-        default=0.5,
-        metadata={"help": "ld_dpo: weight of the tokens beyond the shorter completion's length, in [0, 1]."},
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "ld_dpo: weight of the tokens beyond the shorter completion's length, in [0, 1]; 0.5 if not given. Given "
+            "with dpo, the method is ld_dpo."
+        },
     )
     max_length: int | None = field(
         default=1024,
         metadata={"help": "Most tokens in a prompt and its longest completion; `truncation` says what is done."},
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a prompt, which loses its beginning; before max_length."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a completion, which loses its end; before max_length."}
     )
     truncation: str = field(
         default="keep_start", metadata={"help": "What is done to longer rows: keep_start, keep_end, drop or error."}
@@ -78,6 +91,20 @@ class DPOConfig(TrainingArguments):
             "help": "Where reference log-probs are kept on disk and found again by every run that would compute the same: a "
             "folder, on (~/.cache/dpo-engine/reference), off, or auto: on for LoRA."
         },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Switch off every nn.Dropout of the models, that of LoRA too."},
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Padding token that the tokenizer is given, and is saved with."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What from_pretrained is told where DPOTrainer is given a model by its name: dtype, ..."},
+    )
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The same, for a ref_model that is given by its name."}
     )
     max_tokens_per_forest: int | None = field(
         default=None,
@@ -122,8 +149,14 @@ class DPOConfig(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: batches are forests."})
 
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "ref_model_init_kwargs",
+    ]
+
     def __post_init__(self) -> None:
-        self._check()
+        self.settle()
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # The re-entrant kind needs inputs with gradients; under LoRA there are none and nothing would train.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -142,14 +175,28 @@ class DPOConfig(TrainingArguments):
             "false, or gradient_checkpointing: true: it is the inputs of checkpointed layers that are moved",
         )
 
+    def settle(self) -> None:
+        """Take TRL's names for ours, fill in what follows from the method, and check all of it; again after a change.
+
+        Raises:
+            ConfigError: the first value that is out of range, or that TRL takes and the engine cannot do.
+        """
+        settle_names(self)
+        if self.method == "dpo" and self.ld_alpha is not None:
+            say_once(f"ld_alpha={self.ld_alpha} with method 'dpo': the method is 'ld_dpo'")
+            self.method = "ld_dpo"
+        self._check()
+
     def _check(self) -> None:
         """Raise a `ConfigError` for the first value out of range."""
         method = get_method(self.method)
+        if self.method == "ld_dpo" and self.ld_alpha is None:
+            self.ld_alpha = 0.5
         if self.beta is None:
             self.beta = method.beta
         require(0 < self.beta < math.inf, "beta", self.beta, "a finite number above 0")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
-        require(0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha, "a number in [0, 1]")
+        require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha, "a number in [0, 1]")
         require(self.ipo_reduction in ("mean", "sum"), "ipo_reduction", self.ipo_reduction, "mean or sum")
         for name in ("label_smoothing", "ipo_reduction", "ld_alpha"):
             unset, given = type(self).__dataclass_fields__[name].default, getattr(self, name)
@@ -159,6 +206,11 @@ class DPOConfig(TrainingArguments):
         require(
             self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, or none"
         )
+        for name in ("max_prompt_length", "max_completion_length"):
+            if getattr(self, name) == -1:  # how TRL 0.25 to 0.28 write that it is not given
+                setattr(self, name, None)
+            bound = getattr(self, name)
+            require(bound is None or bound >= 1, name, bound, "at least 1 token, or none")
         require(self.truncation in TRUNCATIONS, "truncation", self.truncation, f"one of {', '.join(TRUNCATIONS)}")
         for name in ("chat_template", "share_prompt"):  # YAML reads on and off as booleans
             value = getattr(self, name)
@@ -204,6 +256,8 @@ class DPOConfig(TrainingArguments):
         """What `load_pairs` and `tokenize_pairs` are told about reading pairs."""
         return {
             "max_length": self.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "max_completion_length": self.max_completion_length,
             "truncation": self.truncation,
             "chat_template": self.chat_template,
             "skip_bad_rows": self.skip_bad_rows,

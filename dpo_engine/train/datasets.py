@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,32 +12,51 @@ from dpo_engine.batch import TokenTree
 from dpo_engine.data import DataReport, PairData, tokenize_pairs
 from dpo_engine.data.records import describe_reason
 from dpo_engine.data.streaming import PairStream
+from dpo_engine.data.token_columns import pairs_of_ids, token_columns
 from dpo_engine.errors import ConfigError
 from dpo_engine.reference.values import ReferenceValues
 from dpo_engine.train.config import DPOConfig
+from dpo_engine.train.trl_settle import say_once
 
 logger = logging.getLogger(__name__)
 
 
 def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> Any:
-    """Trees, from whatever a user passes as a data set."""
+    """Trees, from whatever a user passes as a data set; of a dict of held-out data sets, a dict."""
     if dataset is None:
         return None
+    if isinstance(dataset, dict) and dataset and name != "train_dataset":
+        return {key: tokenized(part, tokenizer, args, f"{name}[{key!r}]") for key, part in dataset.items()}
     if isinstance(dataset, PairStream):
         _check_stream(dataset, args, name)
         return dataset
     if isinstance(dataset, dict):
-        raise ConfigError(f"DPOTrainer: {name} is a dict of {', '.join(map(str, dataset))}; expected one data set")
+        raise ConfigError(
+            f"DPOTrainer: {name} is a dict of {', '.join(map(str, dataset)) or 'nothing'}; expected one data set, such as one of "
+            "its splits"
+        )
     if is_stream := not hasattr(dataset, "__len__"):
         _check_stream(dataset, args, name)
     elif not len(dataset):
         raise ConfigError(f"DPOTrainer: {name} is empty; expected at least one pair, or None")
     if isinstance(dataset, PairData | ReferenceValues) or _has_trees(dataset):
         return dataset
+    first = {} if is_stream else next(iter(dataset))
+    if columns := token_columns(first):
+        options = args.pair_options()
+        bounds = {
+            key: options[key] for key in ("max_length", "truncation", "max_prompt_length", "max_completion_length")
+        }
+        return pairs_of_ids(dataset, columns, name, **bounds)
     if tokenizer is None:
         raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
     if is_stream:
         return PairStream(dataset, tokenizer, source=name, **args.pair_options())
+    if args.chat_template == "auto" and tokenizer.chat_template and isinstance(_get(first, "prompt"), str):
+        say_once(
+            f"{name}: prompts are text, and are put into the tokenizer's chat template; chat_template='off' leaves them as they "
+            "stand, which is what TRL does"
+        )
     data = tokenize_pairs(dataset, tokenizer, **({"source": name} | args.pair_options()))
     if args.process_index == 0:
         warn_of_rows_left_out(data.report)
@@ -53,6 +72,25 @@ def warn_of_rows_left_out(report: DataReport) -> None:
         )
 
 
+def all_parts(dataset: Any) -> list[Any]:
+    """The data sets in a dict of them, or the one."""
+    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+
+
+def each_part(dataset: Any, change: Callable[[Any], Any]) -> Any:
+    """`change(dataset)`, or the dict of what it makes of each data set in a dict."""
+    if isinstance(dataset, dict):
+        return {key: change(part) for key, part in dataset.items()}
+    return change(dataset)
+
+
+def is_text(dataset: Any) -> bool:
+    """Whether a data set has to be tokenised."""
+    if dataset is None or isinstance(dataset, PairData | PairStream | ReferenceValues) or _has_trees(dataset):
+        return False
+    return not hasattr(dataset, "__len__") or (len(dataset) > 0 and token_columns(next(iter(dataset))) is None)
+
+
 def present(trees: Sequence[TokenTree | None]) -> list[TokenTree]:
     """The rows of a micro-batch, without those that fill up a data set for its ranks."""
     return [tree for tree in trees if tree is not None]
@@ -61,6 +99,10 @@ def present(trees: Sequence[TokenTree | None]) -> list[TokenTree]:
 def knows_reference(rows: Any) -> bool:
     """Whether the rows bring reference log-probs: all do, or none."""
     return any(getattr(rows[0], name, None) is not None for name in ("reference_token_logps", "reference_logps"))
+
+
+def _get(row: Any, column: str) -> Any:
+    return row.get(column) if isinstance(row, Mapping) else None
 
 
 def _has_trees(dataset: Any) -> bool:

@@ -31,6 +31,8 @@ from dpo_engine.train.memory import RunMemory, answered, plan_run
 from dpo_engine.train.report import draw_training, summary_text
 from dpo_engine.train.samples import Answer, answers_to
 from dpo_engine.train.trainer import DPOTrainer
+from dpo_engine.train.trl_names import TrlScriptArguments
+from dpo_engine.train.trl_settle import say_once, settle_names
 
 RESULT_SCHEMA = 1
 ADAPTER_MODES = ("continue", "stack")
@@ -42,7 +44,7 @@ Say = Callable[[str], None]
 
 
 @dataclass
-class TrainConfig(DPOConfig):
+class TrainConfig(TrlScriptArguments, DPOConfig):
     """What `dpo-engine train` is told: the keys of its YAML file, and its flags."""
 
     model: str | None = field(
@@ -76,6 +78,12 @@ class TrainConfig(DPOConfig):
             "model, which is the reference, and a new one trains on top."
         },
     )
+    use_peft: bool | None = field(
+        default=None,
+        metadata={
+            "help": "false trains every parameter, as lora_r: 0 does. If not given, on; with TRL's model_name_or_path, off."
+        },
+    )
     lora_r: int | None = field(default=None, metadata={"help": "LoRA rank, 16 if not given; 0 trains every parameter."})
     lora_alpha: float | None = field(
         default=None,
@@ -96,6 +104,10 @@ class TrainConfig(DPOConfig):
     )
     use_dora: bool | None = field(
         default=None, metadata={"help": "DoRA: adapters turn a weight, and its columns' lengths train beside them."}
+    )
+    disable_dropout: bool = field(
+        default=False,
+        metadata={"help": "Switch off every nn.Dropout of the models, that of LoRA too (lora_dropout)."},
     )
     gradient_checkpointing: bool | None = field(  # a bool once checked
         default=None,
@@ -123,7 +135,15 @@ class TrainConfig(DPOConfig):
         require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
 
     def __post_init__(self) -> None:
+        self._settle_script()
         self.require_inputs()
+        for name in ("model_init_kwargs", "ref_model_init_kwargs"):
+            require(
+                getattr(self, name) is None,
+                name,
+                getattr(self, name),
+                "none: `dpo-engine train` has dtype and load_in_4bit",
+            )
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         self._settle_adapter()
         assert self.lora_r is not None and self.lora_alpha is not None and self.lora_dropout is not None
@@ -167,6 +187,31 @@ class TrainConfig(DPOConfig):
         self._choose_checkpointing()
         super().__post_init__()
         _check_report_to(self.report_to)
+
+    def _settle_script(self) -> None:
+        """Take what TRL's scripts call model, data and adapters for ours, with the meaning that it has there.
+
+        There a model is trained whole unless `use_peft` is true, and evaluated on another split of the data it trains on.
+        """
+        is_of_trl, brings_data = self.model_name_or_path is not None, self.dataset_name is not None  # type: ignore[attr-defined]
+        settle_names(self)
+        if self.lora_target_modules == [ALL_LINEAR]:
+            self.lora_target_modules = None
+        if is_of_trl and self.use_peft is None and self.adapter is None:
+            say_once(
+                "model_name_or_path (TRL's) without use_peft: every parameter trains, as there; use_peft: true is LoRA"
+            )
+            self.use_peft = False
+        if self.use_peft:
+            require(self.lora_r != 0, "lora_r", self.lora_r, "a rank above 0 with use_peft: true")
+        elif self.use_peft is not None:
+            for name in [*LORA_DEFAULTS, "lora_target_modules"]:
+                given = getattr(self, name)
+                unset = given in (None, 0) if name == "lora_r" else not given
+                require(unset, name, given, "it left out, or use_peft: true: no adapters are put on without it")
+            self.lora_r = 0
+        if brings_data and self.eval_strategy != "no" and self.eval_data is None and not Path(str(self.data)).is_file():
+            self.eval_data = self.data
 
     def _settle_adapter(self) -> None:
         """LoRA settings as they are given, or as the adapter that trains on has them."""

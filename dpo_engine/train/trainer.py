@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, set_seed
 
 from dpo_engine.batch import (
@@ -31,7 +31,7 @@ from dpo_engine.batch import (
 from dpo_engine.data.streaming import PairStream
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.losses import PairStats, get_method
-from dpo_engine.model.adapters import is_peft_model, refuse_prompt_learning
+from dpo_engine.model.adapters import has_reference_adapter, is_peft_model, refuse_prompt_learning
 from dpo_engine.model.existing_adapters import (
     freeze_reference_adapter,
     starts_at_reference,
@@ -44,11 +44,29 @@ from dpo_engine.reference.cache import ReferenceCache, by_tree
 from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
 from dpo_engine.train.budget import Budget, forest_budget, run_budget
 from dpo_engine.train.config import DPOConfig
-from dpo_engine.train.datasets import knows_reference, present, tokenized, warn_of_rows_left_out
+from dpo_engine.train.datasets import (
+    all_parts,
+    each_part,
+    is_text,
+    knows_reference,
+    present,
+    tokenized,
+    warn_of_rows_left_out,
+)
 from dpo_engine.train.gradients import check_gradients, check_graph
 from dpo_engine.train.layouts import run_layout, run_liger
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
 from dpo_engine.train.offload import offload_lines
+from dpo_engine.train.opening import (
+    ADAPTER_WARNING,
+    checked_args,
+    open_models,
+    open_tokenizer,
+    refuse_arguments,
+    say_of_routers,
+    set_pad_token,
+    without_dropout,
+)
 from dpo_engine.train.ranks import (
     EvenRows,
     even_sampler,
@@ -62,6 +80,7 @@ from dpo_engine.train.scoring import PairScorer, causal_model, make_reference, w
 from dpo_engine.train.second_model import check_token_ids, check_vocabularies
 from dpo_engine.train.start import check_start
 from dpo_engine.train.state import RunState, read_state, write_state
+from dpo_engine.train.trl_settle import say_once
 from dpo_engine.train.whole_step import (
     StepPart,
     generator_states,
@@ -78,14 +97,19 @@ logger = logging.getLogger(__name__)
 class DPOTrainer(Trainer):
     """Preference optimisation with `args.method`, scoring completions without building logits.
 
+    Arguments have the names and, up to `optimizers`, the places that TRL's trainer gives them.
+
     Args:
-        model: a causal language model, or a `PeftModel` around one.
-        ref_model: the reference; None means the starting policy: for LoRA the adapter named "reference" if there is one, else
-            the adapters switched off; a frozen copy otherwise. Always in eval mode, without gradient.
+        model: a causal language model, a `PeftModel` around one, or a name, which `args.model_init_kwargs` are for.
+        ref_model: the reference or its name; None means the starting policy: for LoRA the adapter named "reference" if there is
+            one, else the adapters switched off; a frozen copy otherwise. Always in eval mode, without gradient.
         args: a `DPOConfig`.
+        data_collator, compute_metrics, preprocess_logits_for_metrics: refused: batches are forests, and there are no logits.
         train_dataset, eval_dataset: `datasets.Dataset` or list of dicts with preference columns, or tokenised
-            `PairData`.
-        processing_class: the tokenizer; needed unless the data is tokenised.
+            `PairData`. Of held-out data sets a dict too.
+        processing_class: the tokenizer; if not given, the one beside the model.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as for `transformers.Trainer`.
+        quantization_config: for a model that is given by its name.
         peft_config: wrap `model` in these adapters first.
         reference_cache: where reference log-probs are kept, a `ReferenceCache` or its folder; instead of `args.reference_cache`.
 
@@ -103,31 +127,37 @@ class DPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
-        ref_model: PreTrainedModel | nn.Module | None = None,
+        model: PreTrainedModel | nn.Module | str,
+        ref_model: PreTrainedModel | nn.Module | str | None = None,
         args: DPOConfig | None = None,
+        data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
         peft_config: Any = None,
         reference_cache: ReferenceCache | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"DPOTrainer: model is {model!r}; expected a model object, "
-                f"e.g. AutoModelForCausalLM.from_pretrained({model!r})"
-            )
-        args = DPOConfig(output_dir="dpo_output") if args is None else args
-        if not isinstance(args, DPOConfig):
-            raise ConfigError(f"DPOTrainer: args is a {type(args).__name__}; expected a DPOConfig")
-        assert args.beta is not None  # __post_init__ filled it in
+        refused = {
+            "data_collator": data_collator,
+            "compute_metrics": compute_metrics,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
+        refuse_arguments(refused | kwargs)
+        args = checked_args(args, model)
+        args.settle()  # what was set on it since it was made counts too
+        assert args.beta is not None  # settle filled it in
         self.method, self.beta = get_method(args.method), args.beta
-        for name in ("compute_loss_func", "compute_metrics"):
-            if kwargs.get(name) is not None:
-                raise ConfigError(f"DPOTrainer: {name} is not used; the loss is args.method, and metrics are its own")
+        policy, given_reference = open_models(model, ref_model, args, quantization_config)
         if peft_config is not None:
-            if is_peft_model(model):
+            if is_peft_model(policy):
                 raise ConfigError(
                     "DPOTrainer: model has adapters already, and peft_config asks for others on top, which would hide them; leave "
                     "peft_config out to train those, or merge them first (model.merge_and_unload())"
@@ -135,29 +165,41 @@ class DPOTrainer(Trainer):
             from peft import get_peft_model
 
             set_seed(args.seed)  # transformers' Trainer does so too, but adapters are drawn before there is one
-            model = get_peft_model(model, peft_config)
-        refuse_prompt_learning(model)
-        freeze_reference_adapter(model)
-        causal = causal_model(model)
+            policy = get_peft_model(policy, peft_config)
+        refuse_prompt_learning(policy)
+        freeze_reference_adapter(policy)
+        causal = causal_model(policy)
         bind_scoring(causal)
-        self.reference = make_reference(model, ref_model) if self.method.needs_reference else None
-        self._starts_at_reference = ref_model is None and (not is_peft_model(model) or starts_at_reference(model))
+        self.reference = make_reference(policy, given_reference) if self.method.needs_reference else None
+        self._starts_at_reference = given_reference is None and (
+            not is_peft_model(policy) or starts_at_reference(policy)
+        )
+        if given_reference is None and not self._starts_at_reference and not has_reference_adapter(policy):
+            say_once(ADAPTER_WARNING)
+        if args.disable_dropout and (count := without_dropout(policy, self.reference)):
+            say_once(f"dropout is switched off in {count} layers; disable_dropout=False leaves it on")
+        say_of_routers(causal)
         self._start_checked = self._gradients_checked = False
         self._reference_backend: str | None = None  # which one the log-probs in memory are of
         self._train_metrics = MetricSums()
         self._baseline = RunningMean()
+        if processing_class is None and any(is_text(data) for data in (train_dataset, *all_parts(eval_dataset))):
+            processing_class = open_tokenizer(causal)
+        set_pad_token(processing_class, args.pad_token)
         train_data = tokenized(train_dataset, processing_class, args, "train_dataset")
         eval_data = tokenized(eval_dataset, processing_class, args, "eval_dataset")
         if isinstance(train_data, PairStream):
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # it would look for tensors in what a stream yields
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
             data_collator=present,  # type: ignore[arg-type]  # trees are packed a step at a time
             train_dataset=train_data,
             eval_dataset=eval_data,
             processing_class=processing_class,
-            **kwargs,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if self.reference is not None:
             self.reference.to(args.device)
@@ -168,19 +210,19 @@ class DPOTrainer(Trainer):
         logger.info(self.layout.line)
         self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
-        if self.reference is not None and ref_model is not None:
+        if self.reference is not None and given_reference is not None:
             probe_head(causal_model(self.reference))
-        second = None if self.reference is None or ref_model is None else causal_model(self.reference)
+        second = None if self.reference is None or given_reference is None else causal_model(self.reference)
         check_vocabularies(causal, second)
         self._known_words = {"the model": causal} | ({} if second is None else {"ref_model": second})
-        in_memory = [None if isinstance(data, PairStream) else data for data in (train_data, eval_data)]
+        in_memory = [None if isinstance(data, PairStream) else data for data in (train_data, *all_parts(eval_data))]
         check_token_ids(self._known_words, in_memory, processing_class)
-        self._use_budget(run_budget(args, causal, [train_data, eval_data], self.layout, args.device))
+        self._use_budget(run_budget(args, causal, [train_data, *all_parts(eval_data)], self.layout, args.device))
         self.references = RunReference(
             method=self.method,
             reference=causal if self.reference is None else self.reference,
             is_policy=self.reference is None,
-            cache=cache_for(reference_cache or args.reference_cache, is_lora=is_peft_model(model)),
+            cache=cache_for(reference_cache or args.reference_cache, is_lora=is_peft_model(policy)),
             is_default=reference_cache is None and args.reference_cache == "auto",
             in_bulk=args.precompute_ref_log_probs,
             accelerator=self.accelerator,
@@ -218,7 +260,7 @@ class DPOTrainer(Trainer):
         self._use_backend(resumed_backend(self.config.backend, state, name, self.args.device, self._head_dtype()))
         self._baseline = RunningMean(state.baseline_count, state.baseline_sum)
         if self.config.max_tokens_per_forest is None:
-            both: list[Any] = [self.train_dataset, self.eval_dataset]
+            both: list[Any] = [self.train_dataset, *all_parts(self.eval_dataset)]
             datasets = [None if isinstance(data, PairStream) else data for data in both]
             budget = forest_budget(state.max_tokens_per_forest, datasets, self.layout.name, self.layout.longest)
             self._use_budget(replace(budget, why=f"as in {name.name}"))
@@ -306,8 +348,7 @@ class DPOTrainer(Trainer):
                 "train_dataset",
                 "eval_dataset",
             ):  # what is known is of another reference or backend: ask again
-                data = getattr(self, name)
-                setattr(self, name, self.references.as_it_came(data))
+                setattr(self, name, each_part(getattr(self, name), self.references.as_it_came))
         self._reference_backend = self.backend.name
         for name in ("train_dataset", "eval_dataset"):
             data = getattr(self, name)
@@ -315,7 +356,7 @@ class DPOTrainer(Trainer):
                 if not isinstance(data, PairStream):
                     self.references.check_brought(data, name)
             elif data is not None:
-                setattr(self, name, self.references.known(data, name))
+                setattr(self, name, each_part(data, partial(self.references.known, name=name)))
 
     def _sees_few_rows(self) -> bool:
         """Whether the run ends before it has seen each row, so that not all of them are asked for."""
@@ -500,12 +541,32 @@ class DPOTrainer(Trainer):
         is_sharded = bool(self.accelerator._models) and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if not is_sharded:  # else every rank must take part in every forward: rows are scored as they come
             self.know_reference()
-        if eval_dataset is not None:
+        is_name = isinstance(eval_dataset, str)  # of one of those the trainer was given
+        if eval_dataset is not None and not is_name:
             eval_dataset = tokenized(eval_dataset, self.processing_class, self.config, "eval_dataset")  # type: ignore[arg-type]
-            check_token_ids(self._known_words, [eval_dataset], self.processing_class)  # type: ignore[arg-type]
+            check_token_ids(self._known_words, all_parts(eval_dataset), self.processing_class)  # type: ignore[arg-type]
             if not is_sharded:
-                eval_dataset = self.references.known(eval_dataset, "eval_dataset")
+                eval_dataset = each_part(eval_dataset, lambda part: self.references.known(part, "eval_dataset"))
         return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: what transformers' `predict` returns are logits, and there are none."""
+        raise ConfigError(
+            "DPOTrainer.predict gives logits, which the engine does not build; use evaluate(dataset) for loss and metrics"
+        )
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+    ) -> None:
+        """transformers' card, `README.md` in the output folder, by the arguments that TRL's trainer takes."""
+        own = {"dpo-engine", "dpo", self.config.method, *([tags] if isinstance(tags, str) else tags or [])}
+        dataset = {"dataset": dataset_name, "dataset_tags": dataset_name} if dataset_name else {}
+        super().create_model_card(model_name=model_name, tags=sorted(own), **(dataset | kwargs))
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The frozen second model; None where the reference lies under the policy's adapters, or the method has none."""
+        return self.reference
 
     def evaluation_loop(
         self,

@@ -33,7 +33,7 @@ def test_options_that_a_forest_cannot_honour_are_refused(tmp_path: Path, changes
 @pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics"])
 def test_functions_that_would_not_be_called_are_refused(tmp_path: Path, name: str) -> None:
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(ConfigError, match=f"{name} is not used"):
+    with pytest.raises(ConfigError, match=f"{name} is given; it is not used"):
         DPOTrainer(model=tiny_llama(), args=args, train_dataset=random_pairs(4), **{name: lambda *_: 0.0})
 
 
@@ -46,11 +46,11 @@ def test_adapters_that_depend_on_where_a_prompt_begins_are_refused(tmp_path: Pat
         DPOTrainer(model=model, args=args, train_dataset=random_pairs(4))
 
 
-def test_several_or_no_held_out_data_sets_are_refused_for_what_they_are(tmp_path: Path) -> None:
+def test_several_data_sets_to_train_on_and_none_to_judge_on_are_refused_for_what_they_are(tmp_path: Path) -> None:
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
     both = {"a": random_pairs(2), "b": random_pairs(3)}
-    with pytest.raises(ConfigError, match="eval_dataset is a dict of a, b; expected one data set"):
-        DPOTrainer(model=tiny_llama(), args=args, train_dataset=random_pairs(4), eval_dataset=both)
+    with pytest.raises(ConfigError, match="train_dataset is a dict of a, b; expected one data set"):
+        DPOTrainer(model=tiny_llama(), args=args, train_dataset=both)
     with pytest.raises(ConfigError, match="eval_dataset is empty"):
         DPOTrainer(model=tiny_llama(), args=args, train_dataset=random_pairs(4), eval_dataset=[])
 

@@ -225,7 +225,6 @@ BAD_ROWS = [
     ({"prompt": "q", "chosen": "a", "rejected": "b", "system": 3}, "'system' must be text, found int"),
     ({"instruction": "q", "input": 3, "chosen": "a", "rejected": "b"}, "'input' must be text, found number"),
     ({"chosen": [USER], "rejected": [USER, BAD]}, "'chosen' must end with an assistant message"),
-    ({"chosen": "plain", "rejected": "text"}, "there is no 'prompt', and column 'chosen' has no"),
     ({"chosen": "text\n\nAssistant: a", "rejected": "text\n\nAssistant: b"}, "does not begin with"),
 ]
 
@@ -235,6 +234,21 @@ def test_a_row_that_does_not_hold_what_its_columns_promise_is_a_bad_row(row: dic
     with pytest.raises(BadRow) as caught:
         _read(row)
     assert reason in str(caught.value)
+
+
+def test_a_row_that_is_no_transcript_among_those_that_are_is_a_bad_row() -> None:
+    transcript = {"chosen": HH + " a", "rejected": HH + " b"}
+    found = detect_format([transcript] * 3)
+    row = SourceRow(origin="row 4", columns={"chosen": "plain", "rejected": "play"})
+    with pytest.raises(BadRow, match="there is no 'prompt', and column 'chosen' has no"):
+        preference_row(found, row)
+
+
+def test_texts_without_a_prompt_share_it_as_trl_has_it() -> None:
+    row = _read({"chosen": "Q: why? A: because", "rejected": "Q: why? A: no"})
+    assert (row.prompt, row.chosen, row.rejected) == ("Q: why? A:", " because", " no")
+    with pytest.raises(UnusableRow, match="prompts differ"):
+        _read({"chosen": "plain", "rejected": "text"})
 
 
 def test_a_transcripts_turns_keep_their_order_and_lose_only_the_space_around_them() -> None:

@@ -160,9 +160,9 @@ def test_each_method_brings_its_own_beta_and_refuses_what_it_does_not_use(tmp_pa
     assert DPOConfig(output_dir=str(tmp_path), method="bco", beta=0.3).beta == 0.3
     with pytest.raises(ConfigError, match=r"label_smoothing=0\.1 is out of range; expected 0\.0: the method bco"):
         DPOConfig(output_dir=str(tmp_path), method="bco", label_smoothing=0.1)
-    for name, value in (("ld_alpha", 0.2), ("ipo_reduction", "sum")):
-        with pytest.raises(ConfigError, match=f"{name}=.* the method dpo does not use it"):
-            DPOConfig(output_dir=str(tmp_path), **{name: value})
+    for method, name, value in (("ipo", "ld_alpha", 0.2), ("dpo", "ipo_reduction", "sum")):
+        with pytest.raises(ConfigError, match=f"{name}=.* the method {method} does not use it"):
+            DPOConfig(output_dir=str(tmp_path), method=method, **{name: value})
 
 
 def some_stats(seed: int = 0, **changes: torch.Tensor) -> PairStats:

@@ -29,6 +29,15 @@ def test_the_page_of_every_key_is_as_the_configuration_has_them() -> None:
     )
 
 
+def test_the_tables_of_trls_names_are_as_the_code_has_them() -> None:
+    pytest.importorskip("transformers")
+    from dpo_engine.cli.trl_page import with_tables
+
+    page = (ROOT / "docs" / "trl-differences.md").read_text("utf-8")
+    assert page.count("<!-- end -->") == 8
+    assert with_tables(page) == page, "run: python -m dpo_engine.cli.trl_page docs/trl-differences.md"
+
+
 @pytest.mark.parametrize("size", ["12GB", "16GB", "24GB"])
 def test_the_qlora_examples_are_as_the_plan_writes_them(size: str) -> None:
     plan = make_plan(shipped_shape("qwen3-8b"), StepSettings(), read_card(size))
