@@ -139,19 +139,19 @@ class _Answer:
                 f"labels are {tuple(labels.shape)} and the hidden states {tuple(hidden.shape)}; expected labels (B, L) of the "
                 "tokens given"
             )
-        index = (labels[:, 1:].reshape(-1) != _IGNORED).nonzero().squeeze(-1)  # of (B, L - 1)
-        row, place = index // max(labels.shape[1] - 1, 1), index % max(labels.shape[1] - 1, 1)
-        predicts = row * labels.shape[1] + place
-        scored = labels.flatten().index_select(0, predicts + 1)
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predicts.to(hidden.device))
-        logps, others = head_logps(model, rows, scored, self.backend, self.extras)
-        predicted = (predicts + 1).to(logps.device)
+        row, place = (labels[:, 1:] != _IGNORED).nonzero(
+            as_tuple=True
+        )  # hidden state [row, place] predicts [row, place + 1]
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        rows = rows.index_select(0, (row * labels.shape[1] + place).to(hidden.device))
+        logps, others = head_logps(model, rows, labels[row, place + 1], self.backend, self.extras)
 
         def aligned(values: Tensor | None) -> Tensor | None:
+            """(B, L), and no view: FSDP2 hooks what a forward returns."""
             if values is None:
                 return None
-            whole = values.new_zeros(labels.numel()).index_copy(0, predicted, values)
-            return whole.view(labels.shape).to(labels.device)
+            values = values.to(labels.device)
+            return values.new_zeros(labels.shape).index_put((row, place + 1), values)
 
         loss = None
         if _has_the_ordinary_loss(model):
