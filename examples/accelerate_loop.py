@@ -43,7 +43,7 @@ def with_reference(model, trees, pairs_at_once=8):
     return examples
 
 
-def train(model, trees, accelerator, steps=8, pairs_per_step=4, lr=1e-5, beta=0.1):
+def train(model, trees, accelerator, steps=4, pairs_per_step=4, lr=1e-5, beta=0.1):
     """`pairs_per_step` on each process; one loss a step, of this process's pairs."""
     linear_logps_head(model)  # before accelerator.prepare
     needed = trees[: steps * pairs_per_step * accelerator.num_processes]

@@ -50,7 +50,7 @@ class PreferenceModule(lightning.LightningModule):
         return torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
 
 
-def train(model, trees, steps=8, pairs_per_step=4, **settings):
+def train(model, trees, steps=4, pairs_per_step=4, **settings):
     """One loss a step."""
     module = PreferenceModule(model, **settings)
     trainer = lightning.Trainer(max_steps=steps, logger=False, enable_checkpointing=False, devices=1)

@@ -19,7 +19,7 @@ def sums(model, forest):
     return torch.stack([part.sum() for part in forest_token_logps(model, forest).split(forest.lengths)])
 
 
-def train(model, trees, steps=8, pairs_per_step=4, lr=1e-5, beta=0.1):
+def train(model, trees, steps=4, pairs_per_step=4, lr=1e-5, beta=0.1):
     layout = prepare_model(model).name  # whether prompts can be shared is asked of the model
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=lr, weight_decay=0.0)

@@ -50,7 +50,7 @@ class PreferenceTrainer(Trainer):
 def train(model, trees, output_dir, beta=0.1, **settings):
     """One loss a step."""
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    settings = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-4, **settings}
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-4, **settings}
     args = TrainingArguments(
         output_dir, remove_unused_columns=False, logging_steps=1, save_strategy="no", report_to="none", **settings
     )
