@@ -40,6 +40,8 @@ EXTRAS = {
     "dev": [
         "build>=1.2",
         "hypothesis>=6.100",
+        # For examples/lightning_module.py.
+        "lightning>=2.5",
         "mypy>=1.15",
         "pre-commit>=4.0",
         "pytest>=8.3",

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "DPOConfig": "dpo_engine.train.config",
     "DPOTrainer": "dpo_engine.train.trainer",
+    "FusedLinearDPOLoss": "dpo_engine.integrations.liger",
     "PreferenceForest": "dpo_engine.batch",
     "ReferenceCache": "dpo_engine.reference.cache",
     "Tree": "dpo_engine.batch",
@@ -21,13 +22,16 @@ _HOME = {
     "forest_token_logps": "dpo_engine.model.scoring",
     "linear_kl": "dpo_engine.ops",
     "linear_logps": "dpo_engine.ops",
+    "linear_logps_head": "dpo_engine.integrations.token_logps",
     "linear_preference_loss": "dpo_engine.ops",
     "prepare_model": "dpo_engine.model.layout",
+    "remove_linear_logps_head": "dpo_engine.integrations.token_logps",
 }
 
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "FusedLinearDPOLoss",
     "PreferenceForest",
     "ReferenceCache",
     "Tree",
@@ -36,12 +40,16 @@ __all__ = [
     "forest_token_logps",
     "linear_kl",
     "linear_logps",
+    "linear_logps_head",
     "linear_preference_loss",
     "prepare_model",
+    "remove_linear_logps_head",
 ]
 
 if TYPE_CHECKING:
     from dpo_engine.batch import PreferenceForest, Tree, build_forest
+    from dpo_engine.integrations.liger import FusedLinearDPOLoss
+    from dpo_engine.integrations.token_logps import linear_logps_head, remove_linear_logps_head
     from dpo_engine.losses import dpo_loss
     from dpo_engine.model.layout import prepare_model
     from dpo_engine.model.scoring import forest_token_logps

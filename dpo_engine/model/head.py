@@ -9,6 +9,7 @@ new name), so `probe` checks it against the model's own logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +166,52 @@ def head_of(model: PreTrainedModel) -> ModelHead:
         f"{type(model).__name__}: its head is {given}{kind}; expected torch.nn.Linear with a floating-point (V, D) weight, "
         "or one that bitsandbytes quantised: use a model with such a head"
     )
+
+
+def modules_to_call(model: PreTrainedModel) -> list[nn.Module]:
+    """The head's modules whose parameters are there only while they are called, outermost first; mostly none.
+
+    Those that `fully_shard` wrapped on their own, whose parameters DeepSpeed's third stage shares out, or that accelerate
+    offloads. Any other head is read without calling it: a hook on it would be given log-probs instead of logits.
+    """
+    layer: Any = model.get_output_embeddings()
+    return [
+        part
+        for name, part in layer.named_modules()
+        # `ModelHead.lora` calls these itself.
+        if not {"lora_A", "lora_dropout"} & set(name.split(".")) and _comes_with_a_call(part)
+    ]
+
+
+def called_through(modules: Sequence[nn.Module], function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """`function(hidden)` while each of `modules` is being called, hooks and all, with `function` for their own forward.
+
+    The hooks bring the parameters before it, and before its backward pass, and reduce the gradients after that.
+    """
+    if not modules:
+        return function(hidden)
+    module: Any = modules[0]
+    # accelerate's own replacement of forward, which does what its hooks are for, calls this attribute.
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    before = vars(module).get(name)
+    setattr(module, name, lambda rows: called_through(modules[1:], function, rows))
+    try:
+        return module(hidden)
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+
+def _comes_with_a_call(module: nn.Module) -> bool:
+    if hasattr(module, "_hf_hook") or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
+        return True
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
 
 
 def _trained_copy(model: PreTrainedModel, wrapper: Any) -> Any:

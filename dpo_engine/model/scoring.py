@@ -9,6 +9,7 @@ of several sheets laid end to end. With a `forest_shape` it is one row of trees,
 
 A call with `score_from` runs the decoder, gathers the rows that predict, and hands them to `linear_logps`; the logits are
 never built. A call without it is the model's own forward, so that generation and evaluation by others go on working.
+`dpo_engine.integrations.token_logps` has a bound model answer `labels` alone in the same way.
 
 It happens inside `forward` because wrappers (PEFT, DDP, FSDP2, autocast) act there: around the wrapper, DDP would not reduce
 the head's gradients and FSDP2 would mix kinds of tensor. The forward is bound on the instance and not on a subclass, because
@@ -22,7 +23,7 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,9 @@ from dpo_engine.errors import ModelError
 from dpo_engine.model.flex_attention import padded_forest
 from dpo_engine.model.forest_attention import forest_form, over_forest
 from dpo_engine.model.forest_mask import forest_mask
-from dpo_engine.model.head import ModelHead, head_of, read_head_transform
+from dpo_engine.model.head import ModelHead, called_through, head_of, modules_to_call, read_head_transform
 from dpo_engine.model.rope import forget_longer_rows, has_dynamic_rope
-from dpo_engine.ops import linear_logps
-from dpo_engine.ops.statistics import TokenExtras
+from dpo_engine.ops import TokenExtras, linear_logps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 _MARK = "_dpo_engine_scores"
 # For the part after the decoder, which scoring does without.
 _OF_THE_HEAD = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch", "return_dict", "use_cache")
+
+
+class LabelAnswer(Protocol):
+    """What a bound model does with `labels` without `score_from`."""
+
+    def __call__(self, model: Any, **arguments: Any) -> Any: ...
 
 
 @dataclass
@@ -105,6 +111,8 @@ def unbind_scoring(model: PreTrainedModel) -> None:
     if not is_bound(model):
         return
     instance: Any = model
+    if not _is_scoring(instance.forward):
+        return  # someone wrapped it since, and what they hold calls `forward_without_scoring`
     own = instance.forward_without_scoring
     del instance.forward_without_scoring, instance.forward
     if instance.forward != own:  # it had been replaced on the instance before it was bound
@@ -112,8 +120,17 @@ def unbind_scoring(model: PreTrainedModel) -> None:
 
 
 def is_bound(model: PreTrainedModel) -> bool:
-    """Whether `bind_scoring` is in effect on this very instance."""
-    return getattr(getattr(model.forward, "__func__", None), _MARK, False)
+    """Whether `bind_scoring` is in effect on this very instance, be it under a wrapper of accelerate's."""
+    forward: Any = model.forward
+    while forward is not None and not _is_scoring(forward):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None
+
+
+def _is_scoring(forward: Any) -> bool:
+    """Whether this is the forward itself; wrappers copy its attributes."""
+    function = getattr(forward, "__func__", forward)
+    return getattr(function, _MARK, None) is function
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -134,19 +151,25 @@ def _scoring_forward(own: Callable[..., Any]) -> Callable[..., Any]:
     """A function for `types.MethodType`. It holds no model, so that copies of the model do not share one."""
 
     def forward(self: Any, *args: Any, score_from: Tensor | None = None, **kwargs: Any) -> Any:
-        if score_from is None:
-            return self.forward_without_scoring(*args, **kwargs)
-        return _score(self, score_from, *args, **kwargs)
+        if score_from is not None:
+            return _score(self, score_from, *args, **kwargs)
+        answer: LabelAnswer | None = getattr(self, "label_answer", None)
+        if answer is not None:
+            named = {**dict(zip(positional, args, strict=False)), **kwargs}
+            if named.get("labels") is not None:
+                return answer(self, **named)
+        return self.forward_without_scoring(*args, **kwargs)
 
     # transformers reads the names of forward's arguments (generation, the Trainer's choice of columns), so they must stay.
     # functools.wraps is not used: it would keep `own`, and with it the model, alive in every copy.
     parameters = list(inspect.signature(own).parameters.values())
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     at = next((i for i, parameter in enumerate(parameters) if parameter.kind is parameter.VAR_KEYWORD), len(parameters))
     parameters.insert(at, inspect.Parameter("score_from", inspect.Parameter.KEYWORD_ONLY, default=None))
     parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY))
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     forward.__doc__ = own.__doc__
-    setattr(forward, _MARK, True)
+    setattr(forward, _MARK, forward)
     return forward
 
 
@@ -160,45 +183,44 @@ def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = N
     if labels is None:
         raise ValueError("score_from was given without labels; expected labels (N,), the token that each row predicts")
     rows = _hidden_rows(model, *args, **kwargs).index_select(0, score_from)  # (N, D)
-    return ScoredTokens(token_logps=head_logps(model, rows, labels, backend=model.scoring_backend)[0])
+    return ScoredTokens(token_logps=head_logps(model, rows, labels, model.scoring_backend)[0])
 
 
 def head_logps(
-    model: PreTrainedModel,
-    rows: Tensor,
-    labels: Tensor,
-    *,
-    extras: Sequence[str] = (),
-    backend: str = "auto",
-) -> tuple[Tensor, TokenExtras]:
-    """`linear_logps(rows, head, labels)` by the model's head as it is now, its adapters, scale and softcap included.
+    model: PreTrainedModel, rows: Tensor, labels: Tensor, backend: str, extras: tuple[str, ...] = ()
+) -> tuple[Tensor, TokenExtras | None]:
+    """`linear_logps` of a model's own head; to be called within the model's forward.
 
     Args:
-        rows: (N, D), hidden states as the decoder returns them.
-        labels: (N,) int64, the token that each row predicts.
-        extras: names of `TokenExtras` to compute beside.
+        rows: (N, D) what the head is given.
+        labels: (N,) the token that each row predicts; every row counts.
+        backend, extras: as for `linear_logps`.
 
     Returns:
-        (N,) float32 log-probs, and the extras.
+        `(log-probs (N,), extras)`; no extras where none are asked for.
     """
-    head, transform = head_of(model), read_head_transform(model.config)
-    rows = rows_for(head, rows)
-    bias = head.bias
-    if bias is not None and head.is_quantised:
-        bias = bias.to(rows.dtype)  # bitsandbytes casts it so
-    scored: Any = linear_logps(
-        rows,
-        head.weight,
-        labels,
-        bias=bias,
-        logit_scale=transform.logit_scale,
-        softcap=transform.softcap,
-        ignore_index=None,
-        backend=backend,
-        lora=head.lora(rows),
-        extras=tuple(extras),  # type: ignore[arg-type]
-    )
-    return scored if extras else (scored, TokenExtras())
+
+    def within(rows: Tensor) -> Any:
+        head, transform = head_of(model), read_head_transform(model.config)
+        rows = rows_for(head, rows)
+        bias = head.bias
+        if bias is not None and head.is_quantised:
+            bias = bias.to(rows.dtype)  # bitsandbytes casts it so
+        return linear_logps(
+            rows,
+            head.weight,
+            labels.to(rows.device),
+            bias=bias,
+            logit_scale=transform.logit_scale,
+            softcap=transform.softcap,
+            ignore_index=None,
+            backend=backend,
+            lora=head.lora(rows),
+            extras=extras,  # type: ignore[arg-type]
+        )
+
+    found = called_through(modules_to_call(model), within, rows)
+    return found if extras else (found, None)
 
 
 def rows_for(head: ModelHead, rows: Tensor) -> Tensor:
@@ -206,6 +228,15 @@ def rows_for(head: ModelHead, rows: Tensor) -> Tensor:
     if head.is_quantised or torch.is_autocast_enabled(rows.device.type):
         return rows
     return rows.to(head.weight.dtype)
+
+
+def decoder_output(model: PreTrainedModel, *args: Any, **arguments: Any) -> Any:
+    """What the decoder returns, the (B, L, D) hidden states first, for the arguments of the model's own forward."""
+    arguments = {k: v for k, v in arguments.items() if k not in _OF_THE_HEAD and v is not None}
+    decoder = decoder_of(model)
+    if has_dynamic_rope(model.config.get_text_config()):
+        forget_longer_rows(decoder)
+    return decoder(*args, use_cache=False, **arguments)
 
 
 def _hidden_rows(model: Any, *args: Any, forest_shape: ForestShape | None = None, **kwargs: Any) -> Tensor:
@@ -250,8 +281,5 @@ def _over_forest(model: Any, shape: ForestShape, input_ids: Any, **others: Any) 
 
 
 def _decoded(model: Any, *args: Any, **arguments: Any) -> Tensor:
-    """(B, L, D) the decoder's output, the same whatever rows it has seen before."""
-    decoder = decoder_of(model)
-    if has_dynamic_rope(model.config.get_text_config()):
-        forget_longer_rows(decoder)
-    return decoder(*args, use_cache=False, **arguments)[0]
+    """(B, L, D) the decoder's hidden states, the same whatever rows it has seen before."""
+    return decoder_output(model, *args, **arguments)[0]

@@ -13,6 +13,7 @@ from support.imports import ROOT
 PUBLIC = [
     "DPOConfig",
     "DPOTrainer",
+    "FusedLinearDPOLoss",
     "PreferenceForest",
     "ReferenceCache",
     "Tree",
@@ -21,8 +22,10 @@ PUBLIC = [
     "forest_token_logps",
     "linear_kl",
     "linear_logps",
+    "linear_logps_head",
     "linear_preference_loss",
     "prepare_model",
+    "remove_linear_logps_head",
 ]
 
 # Parameters with their defaults, as a caller sees them. Adding one at the end, with a default, breaks nobody.
@@ -30,6 +33,13 @@ SIGNATURES = {
     "build_forest": "(trees, layout='shared')",
     "forest_token_logps": "(model, forest)",
     "prepare_model": "(model, share_prompt='auto')",
+    "linear_logps_head": "(model, *, extras=(), backend='auto')",
+    "remove_linear_logps_head": "(model)",
+    "FusedLinearDPOLoss": (
+        "(ignore_index=-100, beta=0.1, alpha=1.0, compute_nll_loss=False, compiled=True, use_ref_model=True, "
+        "average_log_prob=False, chunk_size=1, loss_type='sigmoid', label_smoothing=0.0, discopop_tau=0.05, *, "
+        "logit_scale=1.0, softcap=None, backend='auto', **parameters)"
+    ),
     "linear_logps": (
         "(hidden, weight, labels, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100, backend='auto', *, "
         "temperature=1.0, lora=None, extras=())"

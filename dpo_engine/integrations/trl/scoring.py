@@ -228,13 +228,14 @@ def scored_logits(model: Any, hidden: Tensor, input_ids: Tensor, predicts: Tenso
     from dpo_engine.model.scoring import head_logps
 
     labels = input_ids.roll(-1, dims=1)
-    hidden = hidden.to(head_of(model).weight.device)  # a model spread over devices may end on another than its head
+    if (device := head_of(model).weight.device).type != "meta":  # where the head waits elsewhere for its call
+        hidden = hidden.to(device)  # a model spread over devices may end on another than its head
     labels, predicts = labels.to(hidden.device), predicts.to(hidden.device)
     index = predicts.flatten().nonzero().squeeze(-1)
     rows = hidden.flatten(0, 1).index_select(0, index)  # (N, D)
     more = torch.is_grad_enabled() or scope.of_every_pass
-    logps, extras = head_logps(model, rows, labels.flatten()[index], extras=scope.extras if more else ())
-    answers = {name: value for name in _EXTRAS if (value := getattr(extras, name)) is not None}
+    logps, extras = head_logps(model, rows, labels.flatten()[index], "auto", tuple(scope.extras) if more else ())
+    answers = {name: value for name in _EXTRAS if (value := getattr(extras, name, None)) is not None}
     means = None
     if more and scope.mean_logits == "all":
         means = _means(model, hidden)
@@ -254,15 +255,18 @@ def scored_logits(model: Any, hidden: Tensor, input_ids: Tensor, predicts: Tenso
 
 def _means(model: Any, hidden: Tensor) -> Tensor:
     """(...) means of the logits over the vocabulary."""
-    from dpo_engine.model.head import head_of, read_head_transform
+    from dpo_engine.model.head import called_through, head_of, modules_to_call, read_head_transform
     from dpo_engine.model.scoring import rows_for
     from dpo_engine.ops.linear_logps import gathered
     from dpo_engine.ops.mean_logits import mean_logits
 
-    with torch.no_grad():
+    def within(rows: Tensor) -> Tensor:
         head, transform = head_of(model), read_head_transform(model.config)
-        rows = rows_for(head, hidden.detach().reshape(-1, hidden.shape[-1]))
-        means = mean_logits(
+        rows = rows_for(head, rows)
+        return mean_logits(
             rows, gathered(head.weight), head.bias, transform.logit_scale, transform.softcap, lora=head.lora(rows)
         )
-    return means.view(hidden.shape[:-1])
+
+    with torch.no_grad():
+        rows = hidden.detach().reshape(-1, hidden.shape[-1])
+        return called_through(modules_to_call(model), within, rows).view(hidden.shape[:-1])

@@ -1,0 +1,263 @@
+"""What takes the place of Liger's `LigerFusedLinearDPOLoss` in a loop that calls it?
+
+`FusedLinearDPOLoss` has its call shape, its layout (chosen rows first, then the rejected ones in the same order) and its
+results, computed by `linear_logps` and the losses of `dpo_engine.losses`.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.losses import LOSSES, PairStats, get_method
+from dpo_engine.ops import linear_logps
+
+# Liger's names of losses that the table has under another one.
+_LIGER_NAMES = {"sigmoid": "dpo", "bco_pair": "bco"}
+# What a loss's own parameter is where Liger's signature has none for it; every other one must be given.
+_DEFAULTS = {"ipo_reduction": "mean"}
+_DISCOPOP_TAU = 0.05
+
+
+class FusedLinearDPOLoss(nn.Module):
+    """`alpha * nll + mean over pairs of loss(...)`, of hidden states and a head, without logits.
+
+    Called as Liger's class of liger-kernel 0.8: `loss_function(lin_weight, _input, target, bias, ref_input, ref_weight,
+    ref_bias)`. As there nothing is shifted: `_input[b, t]` predicts `target[b, t]`, so the caller passes `hidden[:, :-1]` and
+    `labels[:, 1:]`. What differs: log-probs and gradients are those of `linear_logps`; a "sigmoid" loss heeds
+    `label_smoothing` (conservative DPO), where Liger's ignores it; and what the call does not use is refused.
+
+    Args:
+        ignore_index: label of tokens that are not scored.
+        beta: how strongly the policy is held to the reference.
+        alpha: what the chosen completions' NLL counts in the loss, where `compute_nll_loss` is on.
+        compute_nll_loss: add the NLL of the chosen rows, a mean over all their labels that are not `ignore_index`: over
+            the prompt too, if the labels hold it.
+        compiled, chunk_size: accepted and unused: nothing is compiled, and memory is a tile whatever the number of pairs.
+        use_ref_model: whether a reference is compared with; without one its log-probs are 0. A loss that needs none
+            (`dpo_engine.losses.LOSSES`) takes none, whatever this says.
+        average_log_prob: give the loss means over a sequence's scored tokens in place of sums.
+        loss_type: a name of `dpo_engine.losses.LOSSES`, or Liger's "sigmoid" ("dpo") or "bco_pair" ("bco" with its
+            baseline at 0). "bco" takes as its baseline the mean reward of the pairs in the call.
+        label_smoothing, discopop_tau: parameters of losses that have them.
+        logit_scale, softcap, backend: as for `linear_logps`; of the reference's head too.
+        parameters: other parameters of the loss, such as `ld_alpha` or `ipo_reduction`.
+
+    Raises:
+        ConfigError: an unknown loss, or a parameter that the loss does not have, or needs and was not given.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        compute_nll_loss: bool = False,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        discopop_tau: float = _DISCOPOP_TAU,
+        *,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        backend: str = "auto",
+        **parameters: Any,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.alpha = alpha
+        self.compute_nll_loss = compute_nll_loss
+        self.compiled = compiled
+        self.average_log_prob = average_log_prob
+        self.chunk_size = chunk_size
+        self.loss_type = loss_type
+        self.method = get_method(_LIGER_NAMES.get(loss_type, loss_type))
+        self.use_ref_model = use_ref_model and self.method.needs_reference
+        self.head: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap, "backend": backend}
+        self.config = self._config(label_smoothing, discopop_tau, parameters)
+
+    def _config(self, label_smoothing: float, discopop_tau: float, parameters: dict[str, Any]) -> SimpleNamespace:
+        """What the loss reads its parameters from."""
+        uses, name = self.method.uses, self.loss_type
+        if self.method.needs is not PairStats:
+            pairwise = sorted(key for key, method in LOSSES.items() if method.needs is PairStats)
+            raise ConfigError(f"loss_type={name!r} is no loss of pairs; expected one of {', '.join(pairwise)}")
+        given = {**_DEFAULTS, **parameters, "label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
+        is_given = {**parameters}
+        if label_smoothing != 0:
+            is_given["label_smoothing"] = label_smoothing
+        if discopop_tau != _DISCOPOP_TAU:
+            is_given["discopop_tau"] = discopop_tau
+        for key, value in is_given.items():
+            if key not in uses:
+                has = ", ".join(sorted(uses)) or "none beside beta"
+                raise ConfigError(
+                    f"{key}={value!r} is no parameter of loss_type={name!r}; expected one of its own: {has}"
+                )
+        if not 0 <= label_smoothing < 0.5:
+            raise ConfigError(f"label_smoothing={label_smoothing!r}; expected a number in [0, 0.5)")
+        if missing := sorted(uses - set(given)):
+            raise ConfigError(f"loss_type={name!r} came without {', '.join(missing)}; expected a value for it")
+        return SimpleNamespace(beta=self.beta, **given)
+
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        *,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+        lora: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss, and what Liger's class reports beside it.
+
+        Args:
+            lin_weight: (V, D), as for `linear_logps`; frozen, trained or quantised.
+            _input: (2B, T, D) hidden states, the chosen rows first.
+            target: (2B, T) the token that each predicts, or `ignore_index`.
+            bias: (V,).
+            ref_input, ref_weight, ref_bias: the same of the reference, which takes no gradient.
+            ref_chosen_logps, ref_rejected_logps: in their place, what the reference was found to say before: (B,) sums of
+                scored tokens (means with `average_log_prob`), or (B, T) for each token, of which those of ignored ones do
+                not count.
+            lora: as for `linear_logps`, `(lora_hidden (2B, T, r), lora_weight (V, r))` of an adapter on the policy's head.
+
+        Returns:
+            `(loss, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss, chosen_rewards,
+            rejected_rewards))`, (B,) or () each, without gradient but for the loss. The means are over all positions and the
+            vocabulary, as Liger's; with a softcap or a quantised weight they are NaN, since they would need the logits.
+
+        Raises:
+            ValueError: shapes that do not fit, no reference where one is needed, or one where none is.
+        """
+        self._check(_input, target, ref_input, ref_weight, ref_bias, ref_chosen_logps, ref_rejected_logps)
+        pairs, scored = len(target) // 2, target != self.ignore_index
+        options: dict[str, Any] = {"ignore_index": self.ignore_index, **self.head}
+        token_logps = linear_logps(_input, lin_weight, target, bias=bias, lora=lora, **options)
+        lengths = scored.sum(-1)  # (2B,)
+        weights = self._token_weights(scored, lengths)
+        chosen, rejected = self._sequences(token_logps, lengths, weights).split(pairs)
+        reference: tuple[Tensor | None, ...] = (None, None)
+        if ref_chosen_logps is not None and ref_rejected_logps is not None:
+            halves = zip(
+                (ref_chosen_logps, ref_rejected_logps),
+                *(part.split(pairs) if part is not None else (None, None) for part in (scored, lengths, weights)),
+                strict=True,
+            )
+            reference = tuple(self._given(*half) for half in halves)
+        elif ref_input is not None and ref_weight is not None:
+            with torch.no_grad():
+                ref_logps = linear_logps(ref_input, ref_weight, target, bias=ref_bias, **options)
+                reference = self._sequences(ref_logps, lengths, weights).split(pairs)
+        elif self.method.needs_reference:
+            reference = chosen.new_zeros(pairs), chosen.new_zeros(pairs)
+        counts = lengths.to(chosen.dtype) if not self.average_log_prob else torch.ones_like(lengths, dtype=chosen.dtype)
+        stats = PairStats(
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            reference_chosen_logps=reference[0],
+            reference_rejected_logps=reference[1],
+            chosen_lengths=counts[:pairs],  # of means, 1: they are not divided again
+            rejected_lengths=counts[pairs:],
+            baseline=chosen.new_zeros(()) if self.loss_type == "bco_pair" else None,
+        )
+        loss, nll = self.method(stats, self.config).mean(), chosen.new_zeros(())
+        if self.compute_nll_loss:
+            nll = -token_logps[:pairs].sum() / lengths[:pairs].sum()
+            loss = loss + self.alpha * nll
+        with torch.no_grad():
+            means = [self._logits_mean(half, lin_weight, bias, lora, i) for i, half in enumerate(_input.split(pairs))]
+            rewards = [
+                self.beta * (value if under is None else value - under)
+                for value, under in zip((chosen, rejected), reference, strict=True)
+            ]
+        return loss, tuple(part.detach() for part in (chosen, rejected, *means, nll, *rewards))
+
+    def _sequences(self, token_logps: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
+        """(B,) what a loss is given of each sequence: a sum, or a mean."""
+        sums = (token_logps if weights is None else token_logps * weights).sum(-1)
+        return sums / lengths if self.average_log_prob else sums
+
+    def _given(self, logps: Tensor, scored: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
+        """(B,) of reference log-probs that were passed, of sequences or of tokens."""
+        logps = logps.detach()
+        if logps.ndim == 2:
+            return self._sequences(logps.masked_fill(~scored, 0.0), lengths, weights)
+        if weights is not None:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} weighs tokens; expected reference log-probs of tokens (B, T), not of sequences"
+            )
+        return logps
+
+    def _token_weights(self, scored: Tensor, lengths: Tensor) -> Tensor | None:
+        """(2B, T) what each token counts, for a loss that weighs them."""
+        if self.method.token_weights is None:
+            return None
+        places = (scored.cumsum(-1) - 1).flatten()
+        public = torch.minimum(*lengths.chunk(2)).repeat(2)[:, None].expand_as(scored).flatten()
+        return self.method.token_weights(places, public, self.config).view(scored.shape)
+
+    def _logits_mean(
+        self, hidden: Tensor, weight: Any, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None, half: int
+    ) -> Tensor:
+        """() of every logit: the sum over the vocabulary is a product with the summed weight."""
+        if self.head["softcap"] is not None or not weight.is_floating_point() or hasattr(weight, "full_tensor"):
+            return hidden.new_full((), float("nan"), dtype=torch.float32)
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.sum((0, 1), dtype=accumulate) @ weight.sum(0, dtype=accumulate)
+        positions = hidden.shape[0] * hidden.shape[1]
+        if lora is not None:
+            total = total + lora[0].chunk(2)[half].sum((0, 1), dtype=accumulate) @ lora[1].sum(0, dtype=accumulate)
+        if bias is not None:
+            total = total + positions * bias.sum(dtype=accumulate)
+        return self.head["logit_scale"] * total / (positions * weight.shape[0])
+
+    def _check(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        ref_input: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        ref_chosen: Tensor | None,
+        ref_rejected: Tensor | None,
+    ) -> None:
+        if target.ndim != 2 or len(target) % 2 or not len(target) or hidden.shape[:-1] != target.shape:
+            raise ValueError(
+                f"_input is {tuple(hidden.shape)} and target {tuple(target.shape)}; expected (2B, T, D) and (2B, T), chosen first"
+            )
+        of_model = {"ref_input": ref_input, "ref_weight": ref_weight}
+        of_values = {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
+        given = [k for k, v in {**of_model, "ref_bias": ref_bias, **of_values}.items() if v is not None]
+        if not self.use_ref_model:
+            if given:
+                raise ValueError(f"{', '.join(given)} came to a loss without a reference; expected none: leave it out")
+            return
+        if given not in (list(of_values), list(of_model), [*of_model, "ref_bias"]):
+            raise ValueError(
+                f"the reference is {', '.join(given) or 'missing'}; expected ref_input and ref_weight, or ref_chosen_logps and "
+                "ref_rejected_logps, or use_ref_model=False"
+            )
+        pairs = len(target) // 2
+        for name, logps in of_values.items():
+            if logps is not None and logps.shape not in ((pairs,), (pairs, target.shape[1])):
+                raise ValueError(
+                    f"{name} is {tuple(logps.shape)}; expected {(pairs,)}, a sequence each, or {(pairs, target.shape[1])}"
+                )
+        if ref_input is not None and ref_input.shape[:-1] != target.shape:
+            raise ValueError(
+                f"ref_input is {tuple(ref_input.shape)}; expected {tuple(target.shape)} and its hidden size"
+            )
