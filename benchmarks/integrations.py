@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import integrations_recipes
 from harness import ROOT, OverLimit, describe_machine, last_json, quantile, run_watched, table, write_results
-from integrations_releases import RELEASES, engine_folder, environment
+from integrations_releases import RECIPES, RELEASES, engine_folder, environment
 from integrations_table import write_page
 
 HERE = Path(__file__).resolve().parent
@@ -44,9 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for release in asked.only or list(RELEASES):
         python = environment(release)
         runner = Runner(release, python, engine, threads=asked.threads)
-        records += runner.equality(asked.cases)
-        if asked.real and (not asked.cases or REAL_CASE in asked.cases):
-            records += runner.cost(rounds=asked.real)
+        if release in RECIPES:
+            records += runner.recipes(release, asked.cases)
+        else:
+            records += runner.equality(asked.cases)
+            if asked.real and (not asked.cases or REAL_CASE in asked.cases):
+                records += runner.cost(rounds=asked.real)
         _print([record for record in records if record["release"] == release])
     if asked.save:
         print(f"kept: {write_results('integrations', records, machine=machine).relative_to(ROOT)}")
@@ -103,6 +107,26 @@ class Runner:
                         "max_length": REAL_LENGTH,
                     }
                 )
+        return records
+
+    def recipes(self, tool: str, wanted: Sequence[str] | None) -> list[Record]:
+        """A record a case of LLaMA-Factory or Axolotl, by its own command."""
+        records = []
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            integrations_recipes.make_inputs(self.python, folder)
+            for case in integrations_recipes.CASES[tool]:
+                if wanted and case not in wanted:
+                    continue
+                set_up = {"python": self.python, "folder": folder, "env": self.env}
+                try:
+                    logs = [integrations_recipes.train(tool, case, engine=side == "with", **set_up) for side in SIDES]
+                except (RuntimeError, OverLimit) as error:
+                    records.append(self._failed("recipe", case, str(error)))
+                    continue
+                differ = integrations_recipes.differences(tool, *logs)
+                records.append({**self._common("recipe", case, "differs" if differ else "equal"), "why": differ})
+                records[-1]["steps"] = integrations_recipes.STEPS
         return records
 
     def _cases(self) -> list[str]:
@@ -191,7 +215,9 @@ def _in_groups(pairs: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 def _print(records: Sequence[Record]) -> None:
     rows = []
     for record in records:
-        if record["kind"] == "equality":
+        if record["kind"] == "recipe":
+            rows.append([record["release"], record["case"], record["status"], " ".join(record["why"])[:100]])
+        elif record["kind"] == "equality":
             worst = ", ".join(f"{kind} {share:.2g}" for kind, (share, _) in record.get("worst", {}).items())
             rows.append([record["release"], record["case"], record["status"], worst or record["why"][-1][:100]])
         elif record["status"] == "measured":

@@ -36,7 +36,7 @@ def text(name: str, records: Sequence[Record]) -> str:
         "| peak memory: before | after | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for release in dict.fromkeys(record["release"] for record in records):
+    for release in dict.fromkeys(record["release"] for record in records if record["kind"] != "recipe"):
         lines.append(_row(release, [record for record in records if record["release"] == release]))
     lines += ["", *_what_was_measured(records)]
     return "\n".join(lines)
@@ -97,8 +97,8 @@ def _what_was_measured(records: Sequence[Record]) -> list[str]:
         rounds = 1 + max(record["round"] for record in cost)
         lines.append(
             f"Time and memory: TRL's `DPOTrainer`, {first['model']}, float32, LoRA r=16, {first['batch']} pairs a step, "
-            f"`max_length` {first['max_length']}, no checkpointing, {first['steps']} steps of which the first is not timed, {rounds} "
-            f"round{'s' if rounds > 1 else ''} in turn, each run a process of its own (its whole peak, Python and weights "
+            f"`max_length` {first['max_length']}, no checkpointing, {first['steps']} steps of which the first is not timed, "
+            f"{rounds} round{'s' if rounds > 1 else ''} in turn, each run a process of its own (its whole peak, Python and weights "
             f"included), on {where}, {first['time'][:10]}."
         )
     return lines

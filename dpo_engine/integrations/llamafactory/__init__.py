@@ -8,10 +8,10 @@ or, where a script of yours calls LLaMA-Factory:
     x.install()        # x.uninstall() gives it back as it was
     with x.installed(): ...
 
-Its trainers are TRL's by name only: `CustomDPOTrainer.concatenated_forward` and `CustomKTOTrainer.forward` ask the model for logits,
-upcast them and hand them to a function of LLaMA-Factory's own, so `dpo_engine.integrations.trl` does not reach them. Both methods
-stay what they are; while they run, the model answers with log-probs in the place of logits. Every `pref_loss` goes through them.
-SFT, reward models and PPO do not, and are left alone.
+Its trainers are TRL's by name only: `CustomDPOTrainer.concatenated_forward` and `CustomKTOTrainer.forward` ask the model for
+logits, upcast them and hand them to a function of LLaMA-Factory's own, so `dpo_engine.integrations.trl` does not reach them. Both
+methods stay what they are; while they run, the model answers with log-probs in the place of logits. Every `pref_loss` goes through
+them. SFT, reward models and PPO do not, and are left alone.
 """
 
 from __future__ import annotations
