@@ -3,8 +3,8 @@
     make integrations TRL=llamafactory      or axolotl
 
 Each is started as its users start it, in its environment (`integrations_releases.py`), once as it comes and once with the one
-change that docs/llama-factory-axolotl.md names. What it logs must agree to 1e-4, relative where it exceeds 1 (Axolotl rounds what it
-logs to 4 digits: 2e-3).
+change that docs/llama-factory-axolotl.md names. What it logs must agree to 1e-4, relative where it exceeds 1 (Axolotl rounds
+what it logs to 4 digits: 2e-3).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 from harness import run_watched
 
 STEPS, BATCH = 3, 4
+# `python -m` would put the working folder before all else, and with it the checkout and its folder `kernels/`.
+SAFE = {"PYTHONSAFEPATH": "1"}
 LLAMAFACTORY = {
     "dpo": {"stage": "dpo", "dataset": "pairs", "pref_loss": "sigmoid", "finetuning_type": "lora"},
     "dpo-full": {
@@ -132,7 +134,9 @@ def _llamafactory(case: str, engine: bool, python: Path, folder: Path, env: Mapp
         [str(python), "-m", "dpo_engine.integrations.llamafactory"] if engine else [str(bin_ / "llamafactory-cli")]
     )
     ranks = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"} if case == "dpo-two-ranks" else {}
-    run_watched([*command, "train", str(path)], env={**env, **ranks, "PATH": f"{bin_}:/usr/bin:/bin"}, limit_s=900)
+    run_watched(
+        [*command, "train", str(path)], env={**env, **ranks, **SAFE, "PATH": f"{bin_}:/usr/bin:/bin"}, limit_s=900
+    )
     history = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [entry for entry in history if "loss" in entry]
 
@@ -168,5 +172,5 @@ def _axolotl(case: str, engine: bool, python: Path, folder: Path, env: Mapping[s
     path = folder / f"{case}-{engine}.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")
     quiet = {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
-    done = run_watched([str(python), "-m", "axolotl.cli.train", str(path)], env={**env, **quiet}, limit_s=900)
+    done = run_watched([str(python), "-m", "axolotl.cli.train", str(path)], env={**env, **quiet, **SAFE}, limit_s=900)
     return [ast.literal_eval(entry) for entry in re.findall(r"\{'loss'.*?\}", done.stdout + done.stderr)]
