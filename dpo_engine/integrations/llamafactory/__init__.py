@@ -108,7 +108,7 @@ def _scoring(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         scope = Scope(
             mean_logits="all",  # `logits/chosen` is a mean over padding too
-            training=self.model.training,
+            of_every_pass=not self.model.training,  # in training those without gradients are of the reference
             autocast=self.accelerator.autocast,
             batches=[scored],
         )
