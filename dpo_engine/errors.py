@@ -44,3 +44,7 @@ class ExportError(EngineError, RuntimeError):
     """An export that had to stop: a merged model that is not the adapted one, a converter that failed, a full disk."""
 
     exit_code = 1
+
+
+class IntegrationError(EngineError, RuntimeError):
+    """Another package is missing, of a version that is not known, or already changed by someone else."""

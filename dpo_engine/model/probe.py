@@ -187,6 +187,8 @@ def _tolerance(model: PreTrainedModel) -> float:
     if weight.dtype == torch.int8:
         return EIGHT_BITS
     dtype = model.dtype if head.is_quantised else weight.dtype
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
     if weight.is_cuda and dtype == torch.float32:  # TF32 may be on, with the significand of float16
         return TOLERANCES[torch.float16]
     return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,10 @@ from dpo_engine.errors import ModelError
 from dpo_engine.model.flex_attention import padded_forest
 from dpo_engine.model.forest_attention import forest_form, over_forest
 from dpo_engine.model.forest_mask import forest_mask
-from dpo_engine.model.head import head_of, read_head_transform
+from dpo_engine.model.head import ModelHead, head_of, read_head_transform
 from dpo_engine.model.rope import forget_longer_rows, has_dynamic_rope
 from dpo_engine.ops import linear_logps
+from dpo_engine.ops.statistics import TokenExtras
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -159,13 +160,33 @@ def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = N
     if labels is None:
         raise ValueError("score_from was given without labels; expected labels (N,), the token that each row predicts")
     rows = _hidden_rows(model, *args, **kwargs).index_select(0, score_from)  # (N, D)
+    return ScoredTokens(token_logps=head_logps(model, rows, labels, backend=model.scoring_backend)[0])
+
+
+def head_logps(
+    model: PreTrainedModel,
+    rows: Tensor,
+    labels: Tensor,
+    *,
+    extras: Sequence[str] = (),
+    backend: str = "auto",
+) -> tuple[Tensor, TokenExtras]:
+    """`linear_logps(rows, head, labels)` by the model's head as it is now, its adapters, scale and softcap included.
+
+    Args:
+        rows: (N, D), hidden states as the decoder returns them.
+        labels: (N,) int64, the token that each row predicts.
+        extras: names of `TokenExtras` to compute beside.
+
+    Returns:
+        (N,) float32 log-probs, and the extras.
+    """
     head, transform = head_of(model), read_head_transform(model.config)
-    if not head.is_quantised and not torch.is_autocast_enabled(rows.device.type):
-        rows = rows.to(head.weight.dtype)  # some models keep a float32 residual stream before a bfloat16 head
+    rows = rows_for(head, rows)
     bias = head.bias
     if bias is not None and head.is_quantised:
         bias = bias.to(rows.dtype)  # bitsandbytes casts it so
-    token_logps = linear_logps(
+    scored: Any = linear_logps(
         rows,
         head.weight,
         labels,
@@ -173,10 +194,18 @@ def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = N
         logit_scale=transform.logit_scale,
         softcap=transform.softcap,
         ignore_index=None,
-        backend=model.scoring_backend,
+        backend=backend,
         lora=head.lora(rows),
+        extras=tuple(extras),  # type: ignore[arg-type]
     )
-    return ScoredTokens(token_logps=token_logps)
+    return scored if extras else (scored, TokenExtras())
+
+
+def rows_for(head: ModelHead, rows: Tensor) -> Tensor:
+    """`rows` in the dtype that the head multiplies: some models keep a float32 residual stream before a bfloat16 head."""
+    if head.is_quantised or torch.is_autocast_enabled(rows.device.type):
+        return rows
+    return rows.to(head.weight.dtype)
 
 
 def _hidden_rows(model: Any, *args: Any, forest_shape: ForestShape | None = None, **kwargs: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,7 +147,7 @@ class DPOConfig(TrainingArguments):
         method = get_method(self.method)
         if self.beta is None:
             self.beta = method.beta
-        require(self.beta > 0, "beta", self.beta, "a number above 0")
+        require(0 < self.beta < math.inf, "beta", self.beta, "a finite number above 0")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
         require(0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha, "a number in [0, 1]")
         require(self.ipo_reduction in ("mean", "sum"), "ipo_reduction", self.ipo_reduction, "mean or sum")
@@ -175,7 +176,8 @@ class DPOConfig(TrainingArguments):
         require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         budget = self.max_tokens_per_forest
         require(budget is None or budget > 0, "max_tokens_per_forest", budget, "a number above 0, or none")
-        require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "a number of at least 0")
+        rate = self.learning_rate
+        require(0 <= rate < math.inf, "learning_rate", rate, "a finite number of at least 0")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "a number above 0")

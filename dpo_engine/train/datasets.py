@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dpo_engine.batch import TokenTree
-from dpo_engine.data import PairData, tokenize_pairs
+from dpo_engine.data import DataReport, PairData, tokenize_pairs
+from dpo_engine.data.records import describe_reason
 from dpo_engine.data.streaming import PairStream
 from dpo_engine.errors import ConfigError
 from dpo_engine.reference.values import ReferenceValues
 from dpo_engine.train.config import DPOConfig
+
+logger = logging.getLogger(__name__)
 
 
 def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> Any:
@@ -34,7 +38,19 @@ def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPO
         raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
     if is_stream:
         return PairStream(dataset, tokenizer, source=name, **args.pair_options())
-    return tokenize_pairs(dataset, tokenizer, **args.pair_options())
+    data = tokenize_pairs(dataset, tokenizer, **({"source": name} | args.pair_options()))
+    if args.process_index == 0:
+        warn_of_rows_left_out(data.report)
+    return data
+
+
+def warn_of_rows_left_out(report: DataReport) -> None:
+    """Say which rows of a data set will not be trained on, and why, if any."""
+    if report.rows_left_out:
+        reasons = "; ".join(describe_reason(report, reason) for reason in report.rows_left_out)
+        logger.warning(
+            "%s: %d of %d rows are used; left out: %s", report.source, report.rows_used, report.rows_read, reasons
+        )
 
 
 def present(trees: Sequence[TokenTree | None]) -> list[TokenTree]:

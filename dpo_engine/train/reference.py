@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class RunReference:
         self.space: ReferenceSpace | None = None
         self._store: ReferenceStore | None = None
         self._guarded = self._sums_guarded = False  # of rows that arrive
-        self._sample: Tensor | None = None
+        self._seen: _Seen | None = None
 
     # ---- a whole data set ----
 
@@ -242,10 +243,10 @@ class RunReference:
     # ---- a reference that moves ----
 
     def is_another(self) -> bool:
-        """Whether a second model was changed since its log-probs were first asked for; then they are forgotten here."""
-        sample = None if self.is_policy or not self.in_bulk else _sample(self.reference)
-        changed = sample is not None and self._sample is not None and not torch.equal(sample, self._sample)
-        self._sample = sample
+        """Whether the reference was changed since its log-probs were first asked for; then they are forgotten here."""
+        seen, before = self._look() if self.in_bulk else None, self._seen
+        changed = seen is not None and before is not None and seen.differs_from(before)
+        self._seen = seen
         if changed:
             if self._store is not None:
                 self._store.close()
@@ -253,13 +254,29 @@ class RunReference:
             self._guarded = self._sums_guarded = False
         return changed
 
+    def _look(self) -> _Seen | None:
+        """What the reference is made of, by a few numbers; None where it is sharded over ranks."""
+        # Under adapters, what is frozen: the base, and an adapter that is the reference.
+        model: Any = self.reference
+        parameters = [p for p in model.parameters() if not (self.is_policy and p.requires_grad)]
+        if any(type(parameter).__name__ == "DTensor" for parameter in parameters):
+            return None
+        # DDP writes every parameter of the policy anew when it wraps it, which says nothing.
+        is_replicated = self.is_policy and self.accelerator.num_processes > 1
+        counted = (
+            [] if is_replicated else [p for p in parameters if not p.is_inference()]
+        )  # of which nothing is counted
+        return _Seen(_sample(parameters), tuple(p._version for p in counted))
+
     def check_still(self) -> None:
         """Refuse to go on with log-probs of what the reference was, or to keep log-probs under an address that was its own.
 
         Raises:
             CacheError: a second model's weights are not what they were at the last `is_another`.
         """
-        if self._sample is not None and not torch.equal(self._sample, _sample(self.reference)):
+        if self.is_policy or self._seen is None:
+            return
+        if not torch.equal(self._seen.sample, _sample(self.reference.parameters())):
             raise CacheError(
                 "the reference changed while training, and its log-probs were asked for before: a reference that moves cannot be "
                 "known beforehand; set reference_cache: off and precompute_ref_log_probs: false, or leave it as it is"
@@ -412,10 +429,25 @@ def made_by(device: torch.device, backend: str, layout: str) -> dict[str, str]:
     }
 
 
-def _sample(model: nn.Module) -> Tensor:
-    """A few numbers of every parameter."""
+@dataclass(frozen=True)
+class _Seen:
+    """What a model's parameters were."""
+
+    sample: Tensor
+    writes: tuple[int, ...]
+    """How often each was written to, as torch counts; not through `.data`, which the sample may show."""
+
+    def differs_from(self, other: _Seen) -> bool:
+        """Whether they were changed in between; shapes that changed (DeepSpeed's partitions) say nothing."""
+        if self.sample.shape != other.sample.shape:
+            return False
+        return self.writes != other.writes or not torch.equal(self.sample, other.sample)
+
+
+def _sample(parameters: Iterable[Tensor]) -> Tensor:
+    """A few numbers of each."""
     some = []
-    for parameter in model.parameters():
+    for parameter in parameters:
         flat = parameter.detach().reshape(-1)
         some.append(flat[:: max(1, flat.numel() // 16)][:16].float())
     return torch.cat(some)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_engine.batch import PreferenceForest, sum_by_completion
-from dpo_engine.errors import ConfigError
 from dpo_engine.losses import Method, PairStats
 from dpo_engine.model.adapter_inputs import adapter_inputs_as_they_are
 from dpo_engine.model.adapters import is_peft_model, reference_of
 from dpo_engine.model.scoring import bind_scoring, forest_token_logps
 from dpo_engine.train.offload import checkpoints_offloaded, offloader_for
+from dpo_engine.train.second_model import check_second_model
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -31,15 +31,14 @@ def make_reference(model: nn.Module, ref_model: nn.Module | None) -> nn.Module |
     """The frozen second model, or None where switching the adapters off gives the reference.
 
     Raises:
-        ConfigError: `ref_model` is the model that trains.
+        ConfigError: `ref_model` would change with the model that trains.
     """
     if ref_model is None:
         if is_peft_model(model):
             return None
         ref_model = copy.deepcopy(model)
-    elif ref_model is model:
-        raise ConfigError("DPOTrainer: ref_model is the model being trained; pass None for a frozen copy of it")
     else:
+        check_second_model(model, ref_model)
         bind_scoring(causal_model(ref_model))
     return ref_model.requires_grad_(False).eval()
 
@@ -81,6 +80,8 @@ class PairScorer:
     def reference_token_logps(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
         """The same under the reference of the policy `model`: eval mode, no gradient, adapters off."""
         if self.reference is not None:
+            if any(module.training for module in self.reference.modules()):  # its owner may have called train() since
+                self.reference.eval()
             with torch.no_grad():
                 return self.token_logps(self.reference, forest)
         with reference_of(self.accelerator.unwrap_model(model)):

@@ -44,7 +44,7 @@ from dpo_engine.reference.cache import ReferenceCache, by_tree
 from dpo_engine.train.backend import RunBackend, resumed_backend, run_backend
 from dpo_engine.train.budget import Budget, forest_budget, run_budget
 from dpo_engine.train.config import DPOConfig
-from dpo_engine.train.datasets import knows_reference, present, tokenized
+from dpo_engine.train.datasets import knows_reference, present, tokenized, warn_of_rows_left_out
 from dpo_engine.train.gradients import check_gradients, check_graph
 from dpo_engine.train.layouts import run_layout, run_liger
 from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
@@ -59,6 +59,7 @@ from dpo_engine.train.ranks import (
 )
 from dpo_engine.train.reference import RunReference, cache_for, made_by
 from dpo_engine.train.scoring import PairScorer, causal_model, make_reference, weighted_sum
+from dpo_engine.train.second_model import check_token_ids, check_vocabularies
 from dpo_engine.train.start import check_start
 from dpo_engine.train.state import RunState, read_state, write_state
 from dpo_engine.train.whole_step import (
@@ -89,8 +90,9 @@ class DPOTrainer(Trainer):
         reference_cache: where reference log-probs are kept, a `ReferenceCache` or its folder; instead of `args.reference_cache`.
 
     Raises:
+        ConfigError: `ref_model` would change with the model, or has another vocabulary, in `__init__`.
         ModelError: the model's head cannot be reproduced (probe), in `__init__`.
-        DataError: no pair is left, or one does not fit `max_tokens_per_forest` or memory, in `__init__`.
+        DataError: no pair is left, or one does not fit `max_tokens_per_forest`, memory or the vocabulary, in `__init__`.
         CacheError: the reference cache cannot be used, or its rows are not what the reference says, in `train` and `evaluate`.
         TrainingError: the loss before the first step is not the method's start value, or a parameter that is to train gets no
             gradient in it, in `train`.
@@ -125,6 +127,11 @@ class DPOTrainer(Trainer):
             if kwargs.get(name) is not None:
                 raise ConfigError(f"DPOTrainer: {name} is not used; the loss is args.method, and metrics are its own")
         if peft_config is not None:
+            if is_peft_model(model):
+                raise ConfigError(
+                    "DPOTrainer: model has adapters already, and peft_config asks for others on top, which would hide them; leave "
+                    "peft_config out to train those, or merge them first (model.merge_and_unload())"
+                )
             from peft import get_peft_model
 
             set_seed(args.seed)  # transformers' Trainer does so too, but adapters are drawn before there is one
@@ -163,6 +170,11 @@ class DPOTrainer(Trainer):
         probe_head(causal)
         if self.reference is not None and ref_model is not None:
             probe_head(causal_model(self.reference))
+        second = None if self.reference is None or ref_model is None else causal_model(self.reference)
+        check_vocabularies(causal, second)
+        self._known_words = {"the model": causal} | ({} if second is None else {"ref_model": second})
+        in_memory = [None if isinstance(data, PairStream) else data for data in (train_data, eval_data)]
+        check_token_ids(self._known_words, in_memory, processing_class)
         self._use_budget(run_budget(args, causal, [train_data, eval_data], self.layout, args.device))
         self.references = RunReference(
             method=self.method,
@@ -174,7 +186,7 @@ class DPOTrainer(Trainer):
             accelerator=self.accelerator,
             score=self._reference_scores,
             pack=self._forests_of,
-            dtype=self._head_dtype,
+            dtype=lambda: self._head_dtype(self.reference),
             made=lambda: made_by(args.device, self.backend.name, self.layout.name),
             quiet=bool(args.disable_tqdm),
             say=logger.info if args.disable_tqdm else partial(tqdm.write, file=sys.stderr),
@@ -222,11 +234,12 @@ class DPOTrainer(Trainer):
             if model is not None:
                 causal_model(model).scoring_backend = backend.name  # type: ignore[assignment]
 
-    def _head_dtype(self) -> torch.dtype:
-        """What the head multiplies: the autocast dtype, or that of its weight; of a quantised one, the model's."""
+    def _head_dtype(self, of: nn.Module | None = None) -> torch.dtype:
+        """What the head of a model, by default the policy, multiplies: the autocast dtype, or that of its weight; of a quantised
+        one, the model's."""
         assert self.model is not None
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        model = causal_model(self.model)
+        model = causal_model(self.model if of is None else of)
         head = head_of(model)
         return autocast or (model.dtype if head.is_quantised else head.weight.dtype)
 
@@ -274,6 +287,8 @@ class DPOTrainer(Trainer):
         self.know_reference()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.references.check_still()
+        if isinstance(self.train_dataset, PairStream):
+            warn_of_rows_left_out(self.train_dataset.report)
         return output
 
     def know_reference(self) -> None:
@@ -355,7 +370,8 @@ class DPOTrainer(Trainer):
         return [nothing] * (len(read) - 1) + [batch], step_trees
 
     def _check_fits(self, trees: Sequence[TokenTree]) -> None:
-        """Refuse a tree of a stream that is larger than a forest may be."""
+        """Refuse a tree of a stream that is larger than a forest may be, or has tokens that a model does not know."""
+        check_token_ids(self._known_words, [trees], self.processing_class)  # type: ignore[arg-type]
         for tree in trees:
             cost = packed_cost(tree, self.layout.name, self.layout.longest)
             if cost > self.budget.tokens:
@@ -486,6 +502,7 @@ class DPOTrainer(Trainer):
             self.know_reference()
         if eval_dataset is not None:
             eval_dataset = tokenized(eval_dataset, self.processing_class, self.config, "eval_dataset")  # type: ignore[arg-type]
+            check_token_ids(self._known_words, [eval_dataset], self.processing_class)  # type: ignore[arg-type]
             if not is_sharded:
                 eval_dataset = self.references.known(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)

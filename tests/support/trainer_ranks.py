@@ -26,10 +26,13 @@ from support.tiny_pairs import random_pairs, tiny_llama
 
 RANKS, PAIRS, HELD_OUT, STEPS = 2, 10, 7, 4
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+HEAD_LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
 
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
+    "lora on the head": {"lora": True},
     "full": {"lora": False, "reference_cache": "off"},
+    "full with a frozen head": {"lora": False, "reference_cache": "off", "label_smoothing": 0.2},
     "shuffled, evaluated first": {"lora": True, "train_sampling_strategy": "random", "seed": 3},
     "bco": {"lora": True, "method": "bco", "beta": 0.5},
     "known reference": {"lora": True, "precompute_ref_log_probs": True, "reference_cache": "off"},
@@ -81,13 +84,15 @@ def train(folder: Path, case: str, ranks: int) -> Run:
         **({"train_sampling_strategy": "sequential", "reference_cache": str(folder / "reference")} | settings),
     )
     seen = _Recorder()
+    # Loaders that spare memory leave other ranks with anything, until the first one's weights are sent round.
+    model = tiny_llama(seed=int(case.startswith("weights on") and os.environ.get("RANK") == "1"))
+    model.lm_head.requires_grad_("frozen head" not in case)
     trainer = DPOTrainer(
-        # Loaders that spare memory leave other ranks with anything, until the first one's weights are sent round.
-        model=tiny_llama(seed=int(case.startswith("weights on") and os.environ.get("RANK") == "1")),
+        model=model,
         args=args,
         train_dataset=random_pairs(PAIRS),
         eval_dataset=random_pairs(HELD_OUT, seed=5),
-        peft_config=LORA if lora else None,
+        peft_config=(HEAD_LORA if "on the head" in case else LORA) if lora else None,
         callbacks=[seen],
     )
     if "evaluated first" in case:
