@@ -4,6 +4,7 @@
 # make test PYTEST_ARGS='-k head' arguments handed on to pytest; '-n 0' runs all in one process
 # make test WORKERS=4            processes that share the tests; default: 2
 # make gpu PART=ops              a part of the checks on a card: correctness, ops, train or memory; default: all
+# make integrations TRL=1.16     one release beside which the integrations are held; default: all
 # pip's own settings (PIP_INDEX_URL, pip.conf, ...) are respected.
 
 PYTHON ?= python3
@@ -12,6 +13,8 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 WORKERS ?= 2
 PART ?=
+TRL ?=
+INTEGRATIONS_ARGS ?=
 GPU_ARGS ?=
 
 SETUP_FILES := setup.py pyproject.toml constraints.txt
@@ -26,10 +29,10 @@ SHARED_OUT = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL = quiet=--quiet; [ -t 1 ] && quiet=; $(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all gpu lint format clean
+.PHONY: help demo test test-all gpu integrations lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed  ## train a real 135M model with DPO on the example pairs, and show that it worked
 	$(BIN)/dpo-engine train examples/demo.yaml
@@ -44,6 +47,9 @@ test-all: $(VENV)/.installed-dev  ## run every test that needs no GPU
 gpu:  ## on a machine with an NVIDIA GPU: its checks and timings, by $(PYTHON) as it is
 	@$(PYTHON) benchmarks/gpu.py $(PART) $(GPU_ARGS)
 
+integrations: $(VENV)/.installed-dev  ## TRL's trainers with the engine and without, in an environment for each release
+	$(BIN)/python benchmarks/integrations.py $(if $(TRL),--only $(TRL)) $(INTEGRATIONS_ARGS)
+
 lint: $(VENV)/.installed-dev  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,7 +60,7 @@ format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything built or cached here (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .integrations build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing that venv puts there, so a set-up that was killed half-way is made again.
