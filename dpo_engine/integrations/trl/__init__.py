@@ -4,8 +4,9 @@
     x.install()         # before or after a trainer is made; x.uninstall() gives TRL back as it was
     with x.installed(): ...
 
-TRL's code, data, losses and metrics stay what they are; only where it would build logits of size tokens x vocabulary, or score by its
-own chunked function, `linear_logps` computes what it asks of them (docs/trl.md). Releases 0.19 to 1.16 are known; any other is refused.
+TRL's code, data, losses and metrics stay what they are; only where it would build logits of size tokens x vocabulary, or score by
+its own chunked function, `linear_logps` computes what it asks of them (docs/trl.md). Releases 0.19 to 1.16 are known; any other is
+refused.
 """
 
 from __future__ import annotations

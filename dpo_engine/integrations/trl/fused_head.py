@@ -1,7 +1,8 @@
 """What stands in the place of TRL's own chunked log-prob function?
 
-`_ChunkedLogProbFunction.apply` of TRL 1.14 and later, with `linear_logps` inside: two matrix products where the head is frozen instead
-of three, log-probs that were never rounded to 16 bits. The entropy's gradient, which only an entropy bonus asks for, stays TRL's.
+`_ChunkedLogProbFunction.apply` of TRL 1.14 and later, with `linear_logps` inside: two matrix products where the head is frozen
+instead of three, log-probs that were never rounded to 16 bits. The entropy's gradient, which only an entropy bonus asks for, stays
+TRL's.
 """
 
 from __future__ import annotations
@@ -47,14 +48,16 @@ class FusedHead:
             chunk_size: not used; tiles have the operator's own sizes.
             outputs: names among `fields`; None for all, as the version that had no such argument.
         """
-        rest = (temperature, chunk_size, final_logit_softcapping, logit_scale)
-        rest = rest if outputs is None else (*rest, outputs)
+        rest: tuple[Any, ...] = (temperature, chunk_size, final_logit_softcapping, logit_scale)
+        if outputs is not None:
+            rest += (outputs,)
         if why := _why_not(hidden, weight, bias):
             if why not in _said:
                 _said.add(why)
                 warnings.warn(f"dpo_engine: left to TRL's own operator: {why}", stacklevel=2)
             return self.original.apply(hidden, weight, bias, targets, *rest)
         wanted = self.fields if outputs is None else tuple(name for name in self.fields if name in outputs)
+        ours: Any = tuple(_EXTRAS[name] for name in wanted if name in _EXTRAS)
         scored: Any = linear_logps(
             hidden,
             weight,
@@ -64,9 +67,9 @@ class FusedHead:
             softcap=final_logit_softcapping,
             ignore_index=None,
             temperature=float(temperature),
-            extras=tuple(_EXTRAS[name] for name in wanted if name in _EXTRAS),  # type: ignore[arg-type]
+            extras=ours,
         )
-        logps, extras = scored if any(name in _EXTRAS for name in wanted) else (scored, None)
+        logps, extras = scored if ours else (scored, None)
         found = {name: getattr(extras, _EXTRAS[name]) for name in wanted if name in _EXTRAS}
         if "mean_logits" in wanted:
             found["mean_logits"] = mean_logits(

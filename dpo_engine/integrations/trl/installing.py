@@ -30,7 +30,9 @@ class Installed:
     """Those that score by the operator now."""
 
     def __str__(self) -> str:
-        return f"dpo_engine: TRL {self.version} scores without logits in {', '.join(f'{t}Trainer' for t in self.trainers)}"
+        return (
+            f"dpo_engine: TRL {self.version} scores without logits in {', '.join(f'{t}Trainer' for t in self.trainers)}"
+        )
 
 
 def install() -> Installed:
@@ -101,8 +103,10 @@ def _scoring_method(original: Callable[..., Any], method: LogitsMethod) -> Calla
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         if given.get("return_outputs") or getattr(self, "is_encoder_decoder", False):
-            return original(self, *args, **kwargs)  # the logits themselves are asked for, or labels are not the next token
-        batch = next((given[name] for name in ("inputs", "batch", "padded_batch") if name in given), {})
+            return original(
+                self, *args, **kwargs
+            )  # the logits themselves are asked for, or labels are not the next token
+        batch: dict[str, Any] = next((given[name] for name in ("inputs", "batch", "padded_batch") if name in given), {})
         scope = Scope(
             extras=method.extras(self),
             mean_logits=method.mean_logits,

@@ -77,7 +77,7 @@ class ScoredLogits:
 
     def _at(self, choose: Callable[[Tensor], Tensor]) -> ScoredLogits:
         """The same answers at positions that `choose` takes from each."""
-        taken = {
+        taken: dict[str, Any] = {
             field.name: choose(value)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -109,7 +109,7 @@ class ScoredLogits:
         return self._parted(lambda answers: answers.split(size, self._position(dim)))
 
     def _parted(self, part: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[ScoredLogits, ...]:
-        return tuple(self._at(lambda answers, i=i: part(answers)[i]) for i in range(len(part(self.labels))))
+        return tuple(self._at(_nth(part, i)) for i in range(len(part(self.labels))))
 
     def index_select(self, dim: int, index: Tensor) -> ScoredLogits:
         return self._at(lambda answers: answers.index_select(self._position(dim), index))
@@ -149,11 +149,9 @@ class ScoredLogits:
 
     def to(self, *args: Any, **kwargs: Any) -> ScoredLogits:
         """To another device; the answers stay float32, whatever dtype logits would have been cast to."""
-        targets = (x.device if isinstance(x, Tensor) else x for x in (*args, kwargs.get("device")))
-        for target in targets:
-            if isinstance(target, (str, int, torch.device)) and not isinstance(target, bool):
-                return self._at(lambda answers: answers.to(target))
-        return self
+        targets = [x.device if isinstance(x, Tensor) else x for x in (*args, kwargs.get("device"))]
+        places = [x for x in targets if isinstance(x, (str, int, torch.device)) and not isinstance(x, bool)]
+        return self._at(lambda answers: answers.to(places[0])) if places else self
 
     def __mul__(self, factor: Any) -> ScoredLogits:
         if factor == 2 and self.power == 1:
@@ -276,6 +274,10 @@ class ScoredLogits:
             f"{what} was asked of logits {tuple(self.shape)} that dpo_engine did not build; "
             "call uninstall() for code that needs the logits themselves"
         )
+
+
+def _nth(part: Callable[[Tensor], tuple[Tensor, ...]], i: int) -> Callable[[Tensor], Tensor]:
+    return lambda answers: part(answers)[i]
 
 
 def _cross_entropy(

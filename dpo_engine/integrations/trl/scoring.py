@@ -4,8 +4,8 @@ While a trainer's method runs inside `scoring(...)`, the models that it asks ret
 decoder runs, the rows that predict a scored token go through `linear_logps`, all within the model's own `forward`, so that what
 wraps it (PEFT, DDP, FSDP2, accelerate) acts as always. Afterwards the models have their own forward again.
 
-Which tokens are scored the method's batch says (`Scored`); where it does not, every attended token is. A call that the engine cannot
-answer (images, router losses, no tokens) goes to the model's own forward, and says so once.
+Which tokens are scored the method's batch says (`Scored`); where it does not, every attended token is. A call that the engine
+cannot answer (images, router losses, no tokens) goes to the model's own forward, and says so once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from dpo_engine.integrations.trl.scored_logits import ScoredLogits
 
 # What a text model's forward may be told besides its tokens; more than that, and its own forward is called.
 _OF_THE_DECODER = {"attention_mask", "position_ids", "token_type_ids"}
-_OF_THE_OUTPUT = {"input_ids", "use_cache", "logits_to_keep", "output_hidden_states", "return_dict", "output_router_logits"}
+_OF_THE_OUTPUT = {
+    "input_ids",
+    "use_cache",
+    "logits_to_keep",
+    "output_hidden_states",
+    "return_dict",
+    "output_router_logits",
+}
 _EXTRAS = ("entropy", "log_sum_squares", "is_top1")
 
 
@@ -185,7 +192,9 @@ def _output(model: Any, scope: Scope, given: dict[str, Any]) -> Any:
     of_decoder = {name: given[name] for name in _OF_THE_DECODER if name in given}
     with scope.autocast():
         hidden = decoder_of(model)(input_ids=input_ids, use_cache=False, **of_decoder)[0]  # (B, L, D)
-        logits = scored_logits(model, hidden, input_ids, _predicts(scope, input_ids, given.get("attention_mask")), scope)
+        logits = scored_logits(
+            model, hidden, input_ids, _predicts(scope, input_ids, given.get("attention_mask")), scope
+        )
     keep = given.get("logits_to_keep", 0)
     if isinstance(keep, Tensor):
         logits = logits[:, keep]
@@ -245,7 +254,7 @@ def scored_logits(model: Any, hidden: Tensor, input_ids: Tensor, predicts: Tenso
     def spread(value: Tensor) -> Tensor:
         return value.new_zeros(predicts.numel()).index_copy(0, index, value).view(predicts.shape)
 
-    stand = {name: spread(value) for name, value in answers.items()}
+    stand: dict[str, Any] = {name: spread(value) for name, value in answers.items()}
     if means is not None:
         stand["mean_logits"] = means
     return ScoredLogits(

@@ -19,6 +19,7 @@ from dpo_engine.errors import IntegrationError
 from dpo_engine.integrations.trl.patches import Place
 from dpo_engine.integrations.trl.scoring import Scored
 
+
 def _nothing(trainer: Any) -> tuple[str, ...]:
     return ()
 
@@ -100,7 +101,9 @@ def release(version: str) -> Release:
         log_softmaxes=tuple(dict.fromkeys(homes)),
         flush_left=Place("trl.trainer.dpo_trainer", "flush_left") if numbers < (0, 29) else None,
         concatenated_inputs=tuple(
-            Place(m.place.module, f"{m.trainer}Trainer.concatenated_inputs") for m in methods if m.trainer in ("CPO", "ORPO")
+            Place(m.place.module, f"{m.trainer}Trainer.concatenated_inputs")
+            for m in methods
+            if m.trainer in ("CPO", "ORPO")
         ),
         fused=_fused(numbers),
         fused_fields=("entropy",) if numbers == (1, 14) else ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
@@ -150,7 +153,9 @@ def _kto(numbers: tuple[int, int]) -> list[LogitsMethod]:
     module = "trl.experimental.kto.kto_trainer" if (0, 26) <= numbers < (1, 8) else "trl.trainer.kto_trainer"
     asks_entropy = numbers >= (1, 8)
     names = ["_compute_kl_logps"]
-    names += ["forward", "compute_reference_log_probs"] if numbers < (1, 6) else ["_compute_loss", "compute_ref_log_probs"]
+    names += (
+        ["forward", "compute_reference_log_probs"] if numbers < (1, 6) else ["_compute_loss", "compute_ref_log_probs"]
+    )
     return [
         LogitsMethod(
             trainer="KTO",
