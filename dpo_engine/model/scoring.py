@@ -76,6 +76,7 @@ def bind_scoring(model: PreTrainedModel) -> None:
     head_of(model)
     decoder_of(model)
     instance: Any = model  # nn.Module's annotations allow parameters and modules only
+    instance.forward_was_replaced = "forward" in vars(model)
     instance.forward_without_scoring = model.forward
     instance.forward = types.MethodType(_scoring_forward(model.forward), model)
     if not hasattr(model, "scoring_backend"):
@@ -114,9 +115,12 @@ def unbind_scoring(model: PreTrainedModel) -> None:
     if not _is_scoring(instance.forward):
         return  # someone wrapped it since, and what they hold calls `forward_without_scoring`
     own = instance.forward_without_scoring
-    del instance.forward_without_scoring, instance.forward
-    if instance.forward != own:  # it had been replaced on the instance before it was bound
+    was_replaced = instance.forward_was_replaced  # on the instance, before it was bound
+    del instance.forward_without_scoring, instance.forward_was_replaced, instance.forward
+    if was_replaced:
         instance.forward = own
+    if instance.scoring_backend == "auto":
+        del instance.scoring_backend
 
 
 def is_bound(model: PreTrainedModel) -> bool:

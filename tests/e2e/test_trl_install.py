@@ -26,7 +26,20 @@ from dpo_engine.integrations.trl.scoring import Scope, Scored  # noqa: E402
 from dpo_engine.integrations.trl.versions import release  # noqa: E402
 from support.tiny_models import tiny_model  # noqa: E402
 
-OTHER_RELEASES = ("0.19.0", "0.24.0", "0.26.2", "0.28.0", "0.29.1", "1.0.0", "1.5.1", "1.8.0", "1.13.0", "1.14.2", "1.15.0", "1.16.0")
+OTHER_RELEASES = (
+    "0.19.0",
+    "0.24.0",
+    "0.26.2",
+    "0.28.0",
+    "0.29.1",
+    "1.0.0",
+    "1.5.1",
+    "1.8.0",
+    "1.13.0",
+    "1.14.2",
+    "1.15.0",
+    "1.16.0",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +169,9 @@ class Loop:
 
     def __init__(self, **config: Any) -> None:
         self.model: Any = tiny_model("Llama", **config)
-        self.input_ids = torch.randint(3, self.model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0))
+        self.input_ids = torch.randint(
+            3, self.model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0)
+        )
         self.mask = torch.zeros_like(self.input_ids)
         self.mask[:, 3:] = 1
 
@@ -227,7 +242,9 @@ def test_tokens_that_no_batch_knows_are_all_scored(loop: Loop) -> None:
         ({"output_attentions": False, "input_ids": True}, "output_attentions"),
     ],
 )
-def test_what_the_engine_cannot_answer_goes_to_the_models_own_forward_and_is_said(loop: Loop, given: Any, why: str) -> None:
+def test_what_the_engine_cannot_answer_goes_to_the_models_own_forward_and_is_said(
+    loop: Loop, given: Any, why: str
+) -> None:
     scoring._said.clear()
     tokens = {"inputs_embeds": loop.model.get_input_embeddings()(loop.input_ids), "input_ids": loop.input_ids}
     arguments = {name: tokens.get(name, value) for name, value in given.items()}

@@ -109,7 +109,7 @@ def test_binding_twice_is_binding_once_and_unbinding_leaves_no_trace() -> None:
     unbind_scoring(model)
     unbind_scoring(model)
     assert not is_bound(model)
-    assert {name for name in vars(model) if name not in before} == {"scoring_backend"}
+    assert {name for name in vars(model) if name not in before} == set()
     assert model.forward == type(model).forward.__get__(model)
 
 

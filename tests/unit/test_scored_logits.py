@@ -142,7 +142,8 @@ def test_what_was_not_computed_is_not_made_up(both: tuple[Tensor, ScoredLogits])
 def test_the_mean_of_logits_is_that_of_the_logits(softcap: float | None, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     hidden, weight, bias, a, b = (
-        torch.randn(*shape, generator=generator).to(dtype) for shape in ((3, 5, 16), (9000, 16), (9000,), (3, 5, 2), (9000, 2))
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ((3, 5, 16), (9000, 16), (9000,), (3, 5, 2), (9000, 2))
     )
     z = 0.7 * (hidden.double() @ weight.double().T + a.double() @ b.double().T + bias.double())
     expected = (z if softcap is None else softcap * torch.tanh(z / softcap)).mean(-1) / 1.3

@@ -25,7 +25,9 @@ def head(*, bias: bool = True, dtype: torch.dtype = torch.float32) -> list[Tenso
     return [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def by_definition(inputs: list[Tensor], targets: Tensor, temperature: float, softcap: float | None, scale: float) -> dict[str, Tensor]:
+def by_definition(
+    inputs: list[Tensor], targets: Tensor, temperature: float, softcap: float | None, scale: float
+) -> dict[str, Tensor]:
     wide = [x.double() for x in inputs]
     z = scale * (wide[0] @ wide[1].T + (wide[2] if len(wide) > 2 else 0))
     z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
