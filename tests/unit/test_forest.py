@@ -103,6 +103,15 @@ def test_at_most_an_eighth_of_a_row_is_padding() -> None:
     assert forest.tokens <= sum(sheet.numel() for sheet in forest.input_ids) <= forest.tokens * 8 / 7
 
 
+def test_rows_of_nearly_one_length_share_a_sheet_and_are_padded_on_the_right() -> None:
+    """On the left a row would begin at another position than its own, without position ids that say so."""
+    forest = build_forest([tree(range(1, 18), [20, 21, 22, 23], [30, 31, 32])], "padded")
+    (sheet,) = forest.input_ids
+    assert sheet.tolist() == [[*range(1, 18), 20, 21, 22], [*range(1, 18), 30, 31, 0]]
+    assert forest.labels.tolist() == [20, 21, 22, 23, 30, 31, 32]
+    assert sheet.flatten()[forest.score_from].tolist() == [17, 20, 21, 22, 17, 30, 31]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_forest_counts_trees_completions_and_tokens(layout: str) -> None:
     forest = build_forest(TREES, layout)
