@@ -19,7 +19,7 @@ GPU_ARGS ?=
 
 SETUP_FILES := setup.py pyproject.toml constraints.txt
 RUN_EXTRAS := train,demo,report
-DEV_EXTRAS := $(RUN_EXTRAS),dev
+DEV_EXTRAS := $(RUN_EXTRAS),dev,trl,liger
 
 # A file's tests stay in one process, since they share what its fixtures made. Files go out in the order of collection, in which
 # tests/conftest.py puts the longest first; by xdist's own order, that of the number of tests, they would come last.

@@ -30,7 +30,7 @@ from integrations_table import write_page
 HERE = Path(__file__).resolve().parent
 SIDES = ("without", "with")
 STEPS, BATCH = 10, 4
-REAL_CASE, REAL_LENGTH, PAIRS_A_ROW = "dpo", 512, 6
+REAL_CASE, REAL_STEPS, REAL_BATCH, REAL_LENGTH, PAIRS_A_ROW = "dpo", 4, 2, 512, 6
 Record = dict[str, Any]
 
 
@@ -88,7 +88,7 @@ class Runner:
         for number in range(rounds):
             for side in SIDES if number % 2 == 0 else SIDES[::-1]:
                 with tempfile.TemporaryDirectory() as name:
-                    one = {"case": REAL_CASE, "engine": side == "with", "steps": STEPS, "batch": BATCH}
+                    one = {"case": REAL_CASE, "engine": side == "with", "steps": REAL_STEPS, "batch": REAL_BATCH}
                     one |= {"model_path": model, "rows": rows, "max_length": REAL_LENGTH}
                     one["outcome"] = f"{name}/outcome.pt"
                     try:
@@ -103,7 +103,7 @@ class Runner:
                         "side": side,
                         "round": number,
                         "model": what,
-                        "batch": BATCH,
+                        "batch": REAL_BATCH,
                         "max_length": REAL_LENGTH,
                     }
                 )

@@ -34,7 +34,9 @@ PLACES = {
     "ORPO": ("trl.experimental.orpo", "trl"),
     "SFT": ("trl",),
     "GRPO": ("trl",),
+    "RLOO": ("trl",),
 }
+ONLINE = ("GRPO", "RLOO")  # those that sample completions and are given rewards
 PACKAGES = ("torch", "trl", "transformers", "peft", "datasets", "accelerate")
 ALL, NEWEST = ("0.24", "1.8", "1.13", "1.16"), ("1.16",)
 WITHOUT_METRIC = ("runtime", "per_second", "epoch", "total_flos", "step_time", "train_loss")  # clocks, and copies
@@ -58,12 +60,20 @@ CASES = {
     "dpo-ref-model": Case(trainer="DPO", lora=False, reference=True),
     "dpo-checkpointing": Case(trainer="DPO", config={"gradient_checkpointing": True}),
     "dpo-softcap": Case(trainer="DPO", model="gemma2"),
+    "dpo-wpo": Case(trainer="DPO", config={"use_weighting": True}),
+    "dpo-precomputed": Case(trainer="DPO", config={"precompute_ref_log_probs": True, "loss_type": "ipo"}),
     "kto": Case(trainer="KTO"),
     "cpo": Case(trainer="CPO", config={"loss_type": "sigmoid"}),
     "simpo": Case(trainer="CPO", config={"loss_type": "simpo", "cpo_alpha": 0.0}),
     "orpo": Case(trainer="ORPO", lora=False),
     "sft": Case(trainer="SFT", releases=NEWEST),
     "grpo": Case(trainer="GRPO", config={"num_generations": 4, "max_completion_length": 8}, releases=NEWEST),
+    "grpo-entropy": Case(
+        trainer="GRPO",
+        config={"num_generations": 4, "max_completion_length": 8, "entropy_coef": 0.1, "temperature": 0.7},
+        releases=NEWEST,
+    ),
+    "rloo": Case(trainer="RLOO", config={"num_generations": 4, "max_completion_length": 8}, releases=NEWEST),
 }
 
 
@@ -192,7 +202,7 @@ def _trainer(case: Case, spec: dict[str, Any], folder: str) -> Any:
             lora_dropout=0.0,
             init_lora_weights=bool(spec.get("model_path")),
         )
-    if case.trainer == "GRPO":
+    if case.trainer in ONLINE:
         arguments["reward_funcs"] = _mean_number
     return _found(case.trainer, "Trainer")(**arguments)
 
@@ -225,7 +235,7 @@ def _config(case: Case, spec: dict[str, Any], folder: str) -> Any:
         "seed": 3,
     }
     config = _found(case.trainer, "Config")
-    if case.trainer != "GRPO":
+    if case.trainer not in ONLINE:
         values["max_length"] = spec.get("max_length", 64)
         if "max_prompt_length" in {
             entry.name for entry in fields(config)
@@ -240,7 +250,7 @@ def _rows_for(trainer: str, rows: list[dict[str, str]]) -> list[dict[str, Any]]:
         return [{"prompt": r["prompt"], "completion": r[key], "label": good} for r in rows for key, good in keys]
     if trainer == "SFT":
         return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    if trainer == "GRPO":
+    if trainer in ONLINE:
         return [{"prompt": row["prompt"]} for row in rows]
     return rows
 
