@@ -103,6 +103,7 @@ class Runner:
                         "side": side,
                         "round": number,
                         "model": what,
+                        "steps": REAL_STEPS,
                         "batch": REAL_BATCH,
                         "max_length": REAL_LENGTH,
                     }

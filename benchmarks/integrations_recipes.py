@@ -35,7 +35,7 @@ LLAMAFACTORY = {
     "kto": {"stage": "kto", "dataset": "unpaired", "finetuning_type": "lora"},
     "dpo-two-ranks": {"stage": "dpo", "dataset": "pairs", "pref_loss": "sigmoid", "finetuning_type": "lora"},
 }
-# Full fine-tuning: Axolotl starts a LoRA from other random numbers in every run, so that two runs of one file differ.
+# Full fine-tuning: with LoRA two runs without the change differed as well, it seems by the random numbers of its start.
 AXOLOTL: dict[str, dict[str, Any]] = {
     "dpo": {"rl": "dpo"},
     "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.5},
