@@ -61,7 +61,12 @@ CASES = {
     "dpo-checkpointing": Case(trainer="DPO", config={"gradient_checkpointing": True}),
     "dpo-softcap": Case(trainer="DPO", model="gemma2"),
     "dpo-wpo": Case(trainer="DPO", config={"use_weighting": True}),
-    "dpo-precomputed": Case(trainer="DPO", config={"precompute_ref_log_probs": True, "loss_type": "ipo"}),
+    # TRL 1.8 by itself does not find what it wrote for a data set in memory.
+    "dpo-precomputed": Case(
+        trainer="DPO",
+        config={"precompute_ref_log_probs": True, "loss_type": "ipo"},
+        releases=("0.24", "1.13", "1.16"),
+    ),
     "kto": Case(trainer="KTO"),
     "cpo": Case(trainer="CPO", config={"loss_type": "sigmoid"}),
     "simpo": Case(trainer="CPO", config={"loss_type": "simpo", "cpo_alpha": 0.0}),

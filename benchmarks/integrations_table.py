@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, ROOT, quantile
+from integrations_releases import RECIPES, RELEASES
 
 PAGE = ROOT / "docs" / "trl.md"
 BEGIN, END = "<!-- integrations: begin -->", "<!-- integrations: end -->"
@@ -19,12 +20,12 @@ Record = Mapping[str, Any]
 
 
 def newest(folder: Path = RESULTS) -> tuple[str, list[dict[str, Any]]]:
-    """Name and records of the newest result file that holds every release of its day; ("", []) where there is none."""
-    files = sorted(folder.glob("*/*-integrations*.jsonl"), key=_order)
-    if not files:
-        return "", []
-    lines = files[-1].read_text(encoding="utf-8").splitlines()
-    return f"{files[-1].parent.name}/{files[-1].name}", [json.loads(line) for line in lines if line.strip()]
+    """Name and records of the newest result file that holds every release of TRL; ("", []) where there is none."""
+    for file in sorted(folder.glob("*/*-integrations*.jsonl"), key=_order, reverse=True):
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if {record["release"] for record in records} >= set(RELEASES) - set(RECIPES):
+            return f"{file.parent.name}/{file.name}", records
+    return "", []
 
 
 def text(name: str, records: Sequence[Record]) -> str:

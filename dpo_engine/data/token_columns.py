@@ -32,6 +32,7 @@ def pairs_of_ids(
     truncation: str,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    skip_bad_rows: bool = False,
 ) -> PairData:
     """Trees of rows of ids; nothing is put before or behind them, and every id of a completion is scored.
 
@@ -46,9 +47,14 @@ def pairs_of_ids(
         report.rows_read += 1
         origin = f"{source}:row {number}"
         ids = [row.get(column) for column in columns]
-        for column, value in zip(columns, ids, strict=True):
-            if not isinstance(value, list | tuple) or not value or not all(isinstance(token, int) for token in value):
-                raise DataError(f"{origin}: column {column!r} is {str(value)[:60]}; expected at least one token id")
+        if bad := next((x for x in zip(columns, ids, strict=True) if not _are_ids(x[1])), None):
+            if not skip_bad_rows:
+                raise DataError(
+                    f"{origin}: column {bad[0]!r} is a {type(bad[1]).__name__}, {str(bad[1])[:60]}; expected a list of at least "
+                    "one token id (of a data set in torch or numpy format: dataset.with_format(None))"
+                )
+            report.leave_out("bad row", origin)
+            continue
         prompt, chosen, rejected = (list(value) for value in ids)  # type: ignore[arg-type]
         sums = tuple(row.get(column) for column in _SUMS)
         whole = TokenizedTree(
@@ -69,3 +75,7 @@ def pairs_of_ids(
         raise DataError(f"{source}: no usable row is left of {report.rows_read}")
     empty = [PreferenceRow(prompt="", chosen="", rejected="", origin=tree.origin) for tree in trees]
     return PairData(trees=trees, rows=empty, report=report)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(token, int) for token in value)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import LOSSES, PairStats, get_method
 from dpo_engine.ops import linear_logps
+from dpo_engine.ops.linear_logps import gathered
+from dpo_engine.ops.mean_logits import mean_logits
 
 # Liger's names of losses that the table has under another one.
 _LIGER_NAMES = {"sigmoid": "dpo", "bco_pair": "bco"}
@@ -213,17 +215,10 @@ class FusedLinearDPOLoss(nn.Module):
     def _logits_mean(
         self, hidden: Tensor, weight: Any, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None, half: int
     ) -> Tensor:
-        """() of every logit: the sum over the vocabulary is a product with the summed weight."""
-        if self.head["softcap"] is not None or not weight.is_floating_point() or hasattr(weight, "full_tensor"):
-            return hidden.new_full((), float("nan"), dtype=torch.float32)
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.sum((0, 1), dtype=accumulate) @ weight.sum(0, dtype=accumulate)
-        positions = hidden.shape[0] * hidden.shape[1]
-        if lora is not None:
-            total = total + lora[0].chunk(2)[half].sum((0, 1), dtype=accumulate) @ lora[1].sum(0, dtype=accumulate)
-        if bias is not None:
-            total = total + positions * bias.sum(dtype=accumulate)
-        return self.head["logit_scale"] * total / (positions * weight.shape[0])
+        """() over every position and the whole vocabulary."""
+        of_half = None if lora is None else (lora[0].chunk(2)[half], lora[1])
+        scale, softcap = self.head["logit_scale"], self.head["softcap"]
+        return mean_logits(hidden, gathered(weight), bias, scale, softcap, lora=of_half).mean()
 
     def _check(
         self,

@@ -21,8 +21,18 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from dpo_engine.errors import ConfigError, ModelError
+from dpo_engine.model.forest_attention import forest_form
 from dpo_engine.model.probe import probe_head
-from dpo_engine.model.scoring import bind_scoring, decoder_output, head_logps, is_bound, unbind_scoring
+from dpo_engine.model.scoring import (
+    Exact,
+    bind_scoring,
+    decoder_output,
+    exact_under_fsdp,
+    head_logps,
+    is_bound,
+    restore,
+    unbind_scoring,
+)
 from dpo_engine.ops import BACKENDS
 from dpo_engine.ops.statistics import EXTRAS
 
@@ -50,6 +60,12 @@ class TokenLogps(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     """As the decoder gives them, where the caller asks with `output_hidden_states=True`."""
     attentions: tuple[Tensor, ...] | None = None
+    exact: Exact | None = None
+    """Under FSDP2, whose `output_dtype` would round the numbers, what they are put back from; else None."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        restore(self)
 
 
 def linear_logps_head(model: nn.Module, *, extras: Sequence[str] = (), backend: str = "auto") -> None:
@@ -90,7 +106,7 @@ def remove_linear_logps_head(model: nn.Module) -> None:
         return
     unbind = causal.label_answer.unbind
     del causal.label_answer
-    if unbind:
+    if unbind and forest_form(causal) is None:  # it was not prepared for forests since
         unbind_scoring(causal)
 
 
@@ -158,14 +174,17 @@ class _Answer:
             count: Any = len(logps) if items is None else items
             # Not a Python division: without labels that count it is NaN, as transformers' is.
             loss = -logps.sum() / torch.as_tensor(count, device=logps.device)
+        numbers = {"loss": loss, "token_logps": aligned(logps)}
+        numbers |= {name: aligned(getattr(others, name)) for name in self.extras}
         found = TokenLogps(
-            loss=loss,
-            token_logps=aligned(logps),
             hidden_states=getattr(decoded, "hidden_states", None),
             attentions=getattr(decoded, "attentions", None),
-            **{name: aligned(getattr(others, name)) for name in self.extras},
+            exact=exact_under_fsdp(model, **numbers),
+            **numbers,
         )
-        return found.to_tuple() if as_dict is False else found
+        if as_dict is not False:
+            return found
+        return tuple(value for value in found.to_tuple() if value is not found.exact)
 
 
 def _check(model: Any, arguments: dict[str, Any]) -> None:

@@ -52,12 +52,41 @@ class LabelAnswer(Protocol):
     def __call__(self, model: Any, **arguments: Any) -> Any: ...
 
 
+class Exact:
+    """Tensors of an output as they were computed, where FSDP2 does not look for something to cast to its `output_dtype`."""
+
+    def __init__(self, **tensors: Tensor | None) -> None:
+        self.tensors = tensors
+
+
 @dataclass
 class ScoredTokens(ModelOutput):
     """What a scoring call returns."""
 
     token_logps: Tensor | None = None
     """(N,) float32, log-prob of each scored token; natural logarithm."""
+    exact: Exact | None = None
+    """The same under FSDP2, else None."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        restore(self)
+
+
+def exact_under_fsdp(model: nn.Module, **tensors: Tensor | None) -> Exact | None:
+    """`tensors` for an output's `exact`, if FSDP2 wraps `model` or a part of it: accelerate sets its `output_dtype` in 16 bits."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.fsdp import FSDPModule
+
+    return Exact(**tensors) if any(isinstance(module, FSDPModule) for module in model.modules()) else None
+
+
+def restore(output: Any) -> None:
+    """Put an output's `exact` tensors back where they were cast; FSDP2 makes the output anew when it casts."""
+    for name, tensor in {} if output.exact is None else output.exact.tensors.items():
+        if tensor is not None and output[name].dtype != tensor.dtype:
+            output[name] = tensor.to(output[name].device)
 
 
 def bind_scoring(model: PreTrainedModel) -> None:
@@ -187,7 +216,8 @@ def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = N
     if labels is None:
         raise ValueError("score_from was given without labels; expected labels (N,), the token that each row predicts")
     rows = _hidden_rows(model, *args, **kwargs).index_select(0, score_from)  # (N, D)
-    return ScoredTokens(token_logps=head_logps(model, rows, labels, model.scoring_backend)[0])
+    token_logps = head_logps(model, rows, labels, model.scoring_backend)[0]
+    return ScoredTokens(token_logps=token_logps, exact=exact_under_fsdp(model, token_logps=token_logps))
 
 
 def head_logps(

@@ -39,23 +39,22 @@ def mean_logits(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     rows = hidden.reshape(-1, hidden.shape[-1])
     inner, outer = (None, None) if lora is None else (lora[0].reshape(rows.shape[0], -1), lora[1])
-    total = rows.new_zeros(rows.shape[0], dtype=wide)
+    slabs = [(first, min(first + _SLAB, vocabulary)) for first in range(0, vocabulary, _SLAB)]
     with torch.autocast(hidden.device.type, enabled=False):
-        for first in range(0, vocabulary, _SLAB):
-            last = min(first + _SLAB, vocabulary)
-            slab = head.slab(first, last)
-            shift = None if bias is None else bias[first:last].to(wide)
-            added = None if outer is None else outer[first:last].to(wide)
-            if softcap is None:
-                total += rows.to(wide) @ slab.to(wide).sum(0)
-                total += 0 if shift is None else shift.sum()
-                total += 0 if added is None else inner.to(wide) @ added.sum(0)  # type: ignore[union-attr]
-                continue
-            for start in range(0, rows.shape[0], _ROWS):
-                span = slice(start, start + _ROWS)
-                logits = (rows[span].to(slab.dtype) @ slab.T).to(wide)
-                logits += 0 if shift is None else shift
-                logits += 0 if added is None else inner[span].to(wide) @ added.T  # type: ignore[index]
-                total[span] += softcap * torch.tanh(logits * (logit_scale / softcap)).sum(-1)
+        if softcap is None:
+            total = rows.to(wide) @ torch.stack([head.slab(*slab).to(wide).sum(0) for slab in slabs]).sum(0)
+            total += 0 if bias is None else bias.to(wide).sum()
+            total += 0 if inner is None or outer is None else inner.to(wide) @ outer.to(wide).sum(0)
+        else:
+            total = rows.new_zeros(rows.shape[0], dtype=wide)
+            for first, last in slabs:
+                slab = head.slab(first, last)
+                for start in range(0, rows.shape[0], _ROWS):
+                    span = slice(start, start + _ROWS)
+                    logits = (rows[span].to(slab.dtype) @ slab.T).to(wide)
+                    logits += 0 if bias is None else bias[first:last].to(wide)
+                    if inner is not None and outer is not None:
+                        logits += inner[span].to(wide) @ outer[first:last].to(wide).T
+                    total[span] += softcap * torch.tanh(logits * (logit_scale / softcap)).sum(-1)
     factor = 1.0 if softcap is not None else logit_scale
     return (total * (factor / (vocabulary * temperature))).view(hidden.shape[:-1])

@@ -47,7 +47,10 @@ def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPO
         bounds = {
             key: options[key] for key in ("max_length", "truncation", "max_prompt_length", "max_completion_length")
         }
-        return pairs_of_ids(dataset, columns, name, **bounds)
+        data = pairs_of_ids(dataset, columns, name, skip_bad_rows=args.skip_bad_rows, **bounds)
+        if args.process_index == 0:
+            warn_of_rows_left_out(data.report)
+        return data
     if tokenizer is None:
         raise ConfigError(f"DPOTrainer: {name} is text, but processing_class is None; pass the model's tokenizer")
     if is_stream:

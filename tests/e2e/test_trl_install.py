@@ -19,10 +19,11 @@ if not trl.__version__.startswith("1.16."):
 
 import dpo_engine.integrations.trl as x  # noqa: E402
 from dpo_engine.errors import IntegrationError  # noqa: E402
-from dpo_engine.integrations.trl import installing, scoring  # noqa: E402
-from dpo_engine.integrations.trl.patches import Patches, Place  # noqa: E402
-from dpo_engine.integrations.trl.scored_logits import ScoredLogits  # noqa: E402
-from dpo_engine.integrations.trl.scoring import Scope, Scored  # noqa: E402
+from dpo_engine.integrations import scoring  # noqa: E402
+from dpo_engine.integrations.patches import Patches, Place  # noqa: E402
+from dpo_engine.integrations.scored_logits import ScoredLogits  # noqa: E402
+from dpo_engine.integrations.scoring import Scope, Scored  # noqa: E402
+from dpo_engine.integrations.trl import installing  # noqa: E402
 from dpo_engine.integrations.trl.versions import release  # noqa: E402
 from support.tiny_models import tiny_model  # noqa: E402
 
@@ -71,8 +72,8 @@ def test_uninstalling_gives_the_very_objects_back() -> None:
     x.install()
     changed = {name for name, value in namespaces().items() if before.get(name) is not value}
     places = installing._patches._before
-    assert {str(place) for place, _ in places} <= changed
-    assert len(changed) == len(places), changed - {str(place) for place, _ in places}
+    assert {str(place) for place, *_ in places} <= changed
+    assert len(changed) == len(places), changed - {str(place) for place, *_ in places}
     x.uninstall()
     after = namespaces()
     assert after.keys() == before.keys()

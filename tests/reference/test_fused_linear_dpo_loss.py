@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,7 +133,6 @@ def test_value_and_gradients_are_those_of_the_formula_in_float64(
     torch.testing.assert_close(found["loss"], expected.detach())
     for name, leaf in leaves.items():
         torch.testing.assert_close(gradients[name], leaf.grad)
-    assert found["chosen_logits_mean"].isnan().item() == ("softcap" in settings)
 
 
 @pytest.mark.parametrize("means", [False, True])
@@ -245,7 +244,7 @@ def test_half_a_reference_or_one_too_many_is_refused(
 
 
 @pytest.mark.parametrize("name", sorted(name for name, method in LOSSES.items() if method.needs is PairStats))
-def test_every_pairwise_method_of_the_table_starts_from_its_own_value(name: str) -> None:
+def test_every_pairwise_method_of_the_table_starts_from_its_own_value(name: str, tmp_path: Path) -> None:
     given = case()
     same = {"ref_input": given["_input"], "ref_weight": given["lin_weight"], "ref_bias": given["bias"]}
     method = LOSSES[name]
@@ -255,7 +254,8 @@ def test_every_pairwise_method_of_the_table_starts_from_its_own_value(name: str)
     from dpo_engine import DPOConfig
 
     # As the trainer has them, for losses that are yet to come too.
-    parameters = {field.name: field.default for field in dataclasses.fields(DPOConfig) if field.name in method.uses}
+    config = DPOConfig(output_dir=str(tmp_path), method=name, use_cpu=True)
+    parameters = {parameter: getattr(config, parameter) for parameter in method.uses}
     function = FusedLinearDPOLoss(loss_type=name, beta=method.beta, **parameters)
     loss, _ = function(**{**given, **same})
     assert loss.isfinite()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpo_engine.integrations.trl.scored_logits import ScoredLogits
+from dpo_engine.integrations.scored_logits import ScoredLogits
 from dpo_engine.ops import linear_logps
 from dpo_engine.ops.mean_logits import mean_logits
 

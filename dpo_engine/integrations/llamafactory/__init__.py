@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from dpo_engine.errors import IntegrationError
-from dpo_engine.integrations.trl.patches import Patches, Place
-from dpo_engine.integrations.trl.scoring import Scope, Scored, scoring
+from dpo_engine.integrations.patches import Patches, Place
+from dpo_engine.integrations.scoring import Scope, Scored, scoring
 
 __all__ = ["install", "installed", "uninstall"]
 

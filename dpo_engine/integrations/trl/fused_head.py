@@ -7,18 +7,17 @@ TRL's.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpo_engine.integrations.scoring import say
 from dpo_engine.ops import linear_logps
 from dpo_engine.ops.mean_logits import mean_logits
 
 # TRL's names of what else it may ask for, and those of `linear_logps`.
 _EXTRAS = {"entropy": "entropy", "log_sum_sq_probs": "log_sum_squares", "is_top1": "is_top1"}
-_said: set[str] = set()
 
 
 class FusedHead:
@@ -51,12 +50,10 @@ class FusedHead:
         rest: tuple[Any, ...] = (temperature, chunk_size, final_logit_softcapping, logit_scale)
         if outputs is not None:
             rest += (outputs,)
-        if why := _why_not(hidden, weight, bias):
-            if why not in _said:
-                _said.add(why)
-                warnings.warn(f"dpo_engine: left to TRL's own operator: {why}", stacklevel=2)
-            return self.original.apply(hidden, weight, bias, targets, *rest)
         wanted = self.fields if outputs is None else tuple(name for name in self.fields if name in outputs)
+        if why := _why_not(hidden, weight, bias, "entropy" in wanted):
+            say(f"left to TRL's own operator: {why}")
+            return self.original.apply(hidden, weight, bias, targets, *rest)
         ours: Any = tuple(_EXTRAS[name] for name in wanted if name in _EXTRAS)
         scored: Any = linear_logps(
             hidden,
@@ -82,10 +79,11 @@ class FusedHead:
         return logps, *(found.get(name) for name in self.fields)
 
 
-def _why_not(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+def _why_not(hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: bool) -> str:
     """Why this call is better left to TRL; nothing if it is not."""
-    if hasattr(weight, "ds_id") and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return "the head trains and is partitioned by ZeRO-3, which gathers it only while TRL's operator runs"
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if hasattr(weight, "ds_id") and (trains or (entropy and hidden.requires_grad)):
+        return "the backward pass reads a head that ZeRO-3 has partitioned, which it gathers only while TRL's operator runs"
     if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
         return f"hidden states in {hidden.dtype} before a head in {weight.dtype} (cast_lm_head_to_fp32)"
     return ""

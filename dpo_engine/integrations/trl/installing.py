@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_engine.errors import IntegrationError
+from dpo_engine.integrations.patches import Patches, Place
+from dpo_engine.integrations.scored_logits import ScoredLogits
+from dpo_engine.integrations.scoring import Scope, Scored, current_scope, forget, say, scoring
 from dpo_engine.integrations.trl.fused_head import FusedHead
-from dpo_engine.integrations.trl.patches import Patches, Place
-from dpo_engine.integrations.trl.scored_logits import ScoredLogits
-from dpo_engine.integrations.trl.scoring import Scope, Scored, current_scope, scoring
 from dpo_engine.integrations.trl.versions import LogitsMethod, Release, release
 
 _patches = Patches()
@@ -60,6 +60,7 @@ def uninstall() -> None:
     """Give TRL its own objects back. Without an `install()` it does nothing."""
     global _done
     _patches.undo()
+    forget()
     _done = None
 
 
@@ -102,17 +103,19 @@ def _scoring_method(original: Callable[..., Any], method: LogitsMethod) -> Calla
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
-        if given.get("return_outputs") or getattr(self, "is_encoder_decoder", False):
-            return original(
-                self, *args, **kwargs
-            )  # the logits themselves are asked for, or labels are not the next token
+        if given.get("return_outputs"):
+            say("TRL builds logits in evaluation, which compute_metrics or prediction_loss_only=False asks for")
+            return original(self, *args, **kwargs)
+        if getattr(self, "is_encoder_decoder", False):
+            say("TRL builds logits for an encoder-decoder: its labels are not the next tokens")
+            return original(self, *args, **kwargs)
         batch: dict[str, Any] = next((given[name] for name in ("inputs", "batch", "padded_batch") if name in given), {})
         scope = Scope(
             extras=method.extras(self),
             mean_logits=method.mean_logits,
             of_every_pass=method.of_every_pass or not self.model.training,
             autocast=self.accelerator.autocast,
-            batches=method.batches(batch),
+            batches=method.batches(batch, getattr(self, "label_pad_token_id", -100)),
         )
         with scoring((given.get("model"), self.model, getattr(self, "ref_model", None)), scope):
             return original(self, *args, **kwargs)
@@ -194,7 +197,8 @@ def _recording_inputs(original: Any, *, whole_chosen: bool) -> Any:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         batch = function(*args, **kwargs)
         if (scope := current_scope()) is not None:
-            input_ids, mask = batch["concatenated_input_ids"], batch["concatenated_labels"] != -100
+            padding = kwargs.get("label_pad_token_id", -100)
+            input_ids, mask = batch["concatenated_input_ids"], batch["concatenated_labels"] != padding
             if whole_chosen:
                 chosen = input_ids.shape[0] // 2
                 mask[:chosen] |= batch["concatenated_attention_mask"][:chosen] == 1

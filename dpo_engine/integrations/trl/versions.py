@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_engine.errors import IntegrationError
-from dpo_engine.integrations.trl.patches import Place
-from dpo_engine.integrations.trl.scoring import Scored
+from dpo_engine.integrations.patches import Place
+from dpo_engine.integrations.scoring import Scored
 
 
 def _nothing(trainer: Any) -> tuple[str, ...]:
@@ -50,8 +50,8 @@ class LogitsMethod:
     """At which positions it takes means of logits."""
     of_every_pass: bool = False
     """Whether it asks for extras and means of the reference too, though it drops them."""
-    batches: Callable[[dict[str, Any]], list[Scored]] = lambda batch: []
-    """Which tokens its batch says are scored."""
+    batches: Callable[[dict[str, Any], int], list[Scored]] = lambda batch, padding: []
+    """Which tokens its batch says are scored, by the label of those that are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +181,8 @@ def _fused(numbers: tuple[int, int]) -> tuple[Place, ...]:
     return tuple(Place(f"trl.trainer.{module}", "_ChunkedLogProbFunction") for module in modules)
 
 
-def _by_mask(batch: dict[str, Any]) -> list[Scored]:
-    """Batches that carry a completion mask, or labels that are -100 outside of completions; and those of KTO's KL."""
+def _by_mask(batch: dict[str, Any], padding: int) -> list[Scored]:
+    """Batches that carry a completion mask, or labels that are `padding` outside of completions; and those of KTO's KL."""
     found = []
     for kl in ("", "KL_"):
         for ids, mask in (
@@ -191,7 +191,7 @@ def _by_mask(batch: dict[str, Any]) -> list[Scored]:
             (f"{kl}completion_input_ids", f"{kl}completion_labels"),
         ):
             if ids in batch and mask in batch:
-                value = batch[mask] != -100 if mask.endswith("labels") else batch[mask]
+                value = batch[mask] != padding if mask.endswith("labels") else batch[mask]
                 found.append(Scored(input_ids=batch[ids], mask=value))
                 break
     return found

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from dpo_engine.errors import ModelError
-from dpo_engine.integrations.trl.scored_logits import ScoredLogits
+from dpo_engine.integrations.scored_logits import ScoredLogits
 
 # What a text model's forward may be told besides its tokens; more than that, and its own forward is called.
 _OF_THE_DECODER = {"attention_mask", "position_ids", "token_type_ids"}
@@ -60,6 +60,7 @@ class Scope:
     of_every_pass: bool = True
     """Whether both are asked of passes without gradients too; else those are the reference's, of which only log-probs are asked."""
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """That of the trainer's accelerator, for models whose own forward it has wrapped in it."""
     batches: list[Scored] = field(default_factory=list)
 
 
@@ -73,7 +74,7 @@ class ScoredOutput(ModelOutput):
     """`ScoredLogits`."""
 
 
-_scope: ContextVar[Scope | None] = ContextVar("dpo_engine_trl_scope", default=None)
+_scope: ContextVar[Scope | None] = ContextVar("dpo_engine_scope", default=None)
 _agreed: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # models probed: "" or why not
 _said: set[str] = set()
 
@@ -90,6 +91,10 @@ def scoring(models: Sequence[Any], scope: Scope) -> Iterator[None]:
     """
     if (outer := _scope.get()) is not None:
         outer.batches += scope.batches
+        yield
+        return
+    if any(isinstance(model, nn.DataParallel) for model in models):
+        say("torch.nn.DataParallel calls copies of the model, which build their logits; start by torchrun for DDP")
         yield
         return
     bare = list(dict.fromkeys(causal_model(model) for model in models if model is not None))
@@ -129,19 +134,40 @@ def _agrees(model: Any, scope: Scope) -> bool:
 
         token = _scope.set(None)
         try:
-            with scope.autocast():
-                probe_head(model)
-            _agreed[model] = ""
+            _agreed[model] = _sharded(model)
+            if not _agreed[model]:
+                with _autocast(model, scope):
+                    probe_head(model)
         except (ModelError, AttributeError) as error:
             _agreed[model] = str(error)
         finally:
             _scope.reset(token)
     if _agreed[model]:
-        _say(f"{type(model).__name__} keeps building its logits: {_agreed[model]}")
+        say(f"{type(model).__name__} keeps building its logits: {_agreed[model]}")
     return not _agreed[model]
 
 
-def _say(line: str) -> None:
+def _sharded(model: Any) -> str:
+    """Why its logits cannot be asked for from outside its wrapper, if so: the probe would meet parts of weights."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"):
+        return "its weights are shared out (FSDP2, ZeRO-3), so that it cannot be asked whether the engine computes the same"
+    return ""
+
+
+def _autocast(model: Any, scope: Scope) -> AbstractContextManager[Any]:
+    """As the model's own forward runs: accelerate's autocast is in it or, of what wraps the model, around it, or not at all."""
+    return scope.autocast() if "_original_forward" in vars(model) else nullcontext()
+
+
+def forget() -> None:
+    """What was found out of models and said of them."""
+    _agreed.clear()
+    _said.clear()
+
+
+def say(line: str) -> None:
+    """Warn once."""
     if line not in _said:
         _said.add(line)
         warnings.warn(f"dpo_engine: {line}", stacklevel=3)
@@ -154,7 +180,7 @@ def _scored_forward(own: Callable[..., Any]) -> Callable[..., Any]:
             return own(*args, **kwargs)
         given = _by_name(own, args, kwargs)
         if reason := _why_not(given):
-            _say(f"{type(self).__name__} builds its logits, {reason}")
+            say(f"{type(self).__name__} builds its logits, {reason}")
             return own(*args, **kwargs)
         return _output(self, scope, given)
 
@@ -190,7 +216,8 @@ def _output(model: Any, scope: Scope, given: dict[str, Any]) -> Any:
 
     input_ids = given["input_ids"]
     of_decoder = {name: given[name] for name in _OF_THE_DECODER if name in given}
-    with scope.autocast():
+    with _autocast(model, scope):
+        # A dynamic rope remembers rows as it would in the model's own forward: the trainer's figures are to stay what they are.
         hidden = decoder_of(model)(input_ids=input_ids, use_cache=False, **of_decoder)[0]  # (B, L, D)
         logits = scored_logits(
             model, hidden, input_ids, _predicts(scope, input_ids, given.get("attention_mask")), scope
@@ -252,7 +279,9 @@ def scored_logits(model: Any, hidden: Tensor, input_ids: Tensor, predicts: Tenso
         answers["mean_logits"] = _means(model, rows)
 
     def spread(value: Tensor) -> Tensor:
-        return value.new_zeros(predicts.numel()).index_copy(0, index, value).view(predicts.shape)
+        return value.new_zeros(predicts.shape).masked_scatter(
+            predicts, value
+        )  # no view: FSDP2 hooks what a forward returns
 
     stand: dict[str, Any] = {name: spread(value) for name, value in answers.items()}
     if means is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ class Place:
         for name in self.path.split(".")[:-1]:
             owner = getattr(owner, name)
         return owner
+
+    def now(self) -> Any:
+        """What stands there, whoever put it; None for nothing."""
+        return vars(self.owner()).get(self.path.rpartition(".")[2])
 
     def found(self) -> Any:
         """What stands there: the attribute itself, a staticmethod as such.
@@ -52,17 +57,21 @@ class Patches:
     """Replacements that are in effect, and what stood there."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[Place, Any]] = []
+        self._before: list[tuple[Place, Any, Any]] = []  # what stood there, what stands there now
 
     def apply(self, replacements: dict[Place, Any]) -> None:
         """Put every value in its place; all places are looked up before the first is changed."""
-        before = [(place, place.found()) for place in replacements]
+        before = {place: place.found() for place in replacements}
         for place, value in replacements.items():
+            self._before.append((place, before[place], value))
             setattr(place.owner(), place.path.rpartition(".")[2], value)
-        self._before += before
 
     def undo(self) -> None:
-        """Put back what stood there, the same objects."""
+        """Put back what stood there, the same objects; what someone else has put on top since goes with it, and that is said."""
         while self._before:
-            place, value = self._before.pop()
+            place, value, ours = self._before.pop()
+            if place.now() is not ours:
+                warnings.warn(
+                    f"dpo_engine: {place} was changed by another since; the package's own is back", stacklevel=3
+                )
             setattr(place.owner(), place.path.rpartition(".")[2], value)

@@ -267,7 +267,9 @@ class ScoredLogits:
             torch._assert_async(holds.all())
         elif not bool(holds.all()):
             at = tuple(int(i) for i in (~holds).nonzero()[0])
-            raise ValueError(f"{otherwise} at {at}; call dpo_engine's uninstall() and report this with the TRL version")
+            raise ValueError(
+                f"{otherwise} at {at}; call dpo_engine's uninstall() and report this with the trainer's version"
+            )
 
     def _refuse(self, what: str) -> Any:
         raise TypeError(
