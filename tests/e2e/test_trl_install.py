@@ -265,6 +265,65 @@ def test_a_model_whose_logits_are_something_else_keeps_them_and_says_so(loop: Lo
         assert isinstance(loop.model(input_ids=loop.input_ids).logits, torch.Tensor)
 
 
+def test_a_model_whose_weights_are_shared_out_keeps_its_logits_and_says_so(loop: Loop, tmp_path: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        sharded = fully_shard(loop.model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.warns(UserWarning, match="weights are shared out"), scoring.scoring([sharded], loop.scope()):
+            assert isinstance(sharded(input_ids=loop.input_ids).logits, torch.Tensor)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_copies_are_left_to_the_trainer_and_that_is_said(loop: Loop) -> None:
+    scoring.forget()
+    wrapped = nn.DataParallel(loop.model)
+    with pytest.warns(UserWarning, match="DataParallel"), scoring.scoring([wrapped, loop.model], loop.scope()):
+        assert isinstance(wrapped(input_ids=loop.input_ids).logits, torch.Tensor)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_model_runs_under_autocast_only_if_its_own_forward_would(loop: Loop, prepared: bool) -> None:
+    """TRL precomputes a reference before accelerate prepares the model: in float32, whatever the run's precision."""
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState
+
+    expected = loop.logps()
+    AcceleratorState._reset_state(True)
+    try:
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        model = accelerator.prepare(loop.model) if prepared else loop.model
+        scope = loop.scope()
+        scope.autocast = accelerator.autocast
+        with scoring.scoring([model], scope):
+            found = model(input_ids=loop.input_ids).logits.token_logps
+    finally:
+        AcceleratorState._reset_state(True)
+    error = (found - expected).abs().max()
+    assert 1e-4 < error < 0.5 if prepared else error < 1e-5
+
+
+def test_a_model_that_was_refused_is_asked_again_after_a_new_installation(loop: Loop) -> None:
+    x.install()
+    scoring._agreed[loop.model] = "of another head"
+    with pytest.warns(UserWarning, match="of another head"), scoring.scoring([loop.model], loop.scope()):
+        assert isinstance(loop.model(input_ids=loop.input_ids).logits, torch.Tensor)
+    x.uninstall()
+    with scoring.scoring([loop.model], loop.scope()):
+        assert isinstance(loop.model(input_ids=loop.input_ids).logits, ScoredLogits)
+
+
+def test_what_someone_put_on_top_goes_too_and_that_is_said() -> None:
+    before = trl.trainer.utils._ChunkedLogProbFunction
+    x.install()
+    trl.trainer.utils._ChunkedLogProbFunction = "theirs"
+    with pytest.warns(UserWarning, match="_ChunkedLogProbFunction was changed by another since"):
+        x.uninstall()
+    assert trl.trainer.utils._ChunkedLogProbFunction is before
+
+
 def test_ddp_that_looks_for_unused_parameters_finds_all_that_were_used(loop: Loop, tmp_path: Any) -> None:
     """It looks through the output for tensors that take a gradient; what it does not find it takes to be unused."""
     unused = nn.Linear(2, 2)

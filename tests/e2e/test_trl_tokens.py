@@ -102,7 +102,7 @@ def test_columns_of_ids_are_taken_as_they_stand(form: str, tmp_path: Path) -> No
     ):
         tree = trees(rows, tmp_path, **changes)[1]
         assert (tree.prompt_ids, tree.completions) == expected
-    with pytest.raises(DataError, match=r"train_dataset:row 1: column '.*' is \[\]"):
+    with pytest.raises(DataError, match=r"train_dataset:row 1: column '.*' is a list, \[\]; expected"):
         trees([{name: [] for name in rows[0]}], tmp_path)
 
 

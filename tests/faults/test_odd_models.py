@@ -147,10 +147,9 @@ def test_a_reference_in_the_memory_of_frozen_weights_is_right(tmp_path: Path, or
     assert losses(made(tmp_path, get_peft_model(base, LORA), reference)) == pytest.approx(ordinary["lora"], rel=1e-5)
 
 
-@pytest.mark.parametrize("given", ["some/model", 3])
-def test_a_reference_that_is_no_model_is_refused(tmp_path: Path, given: Any) -> None:
-    with pytest.raises(ConfigError, match=r"ref_model is .*; expected a model object, or None"):
-        made(tmp_path, tiny_llama(), given)
+def test_a_reference_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ref_model is 3; expected a model object"):
+        made(tmp_path, tiny_llama(), 3)
 
 
 def test_a_reference_with_fewer_tokens_is_refused_with_the_row_that_it_cannot_read(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from dpo_engine import linear_logps_head
 from support.tiny_pairs import VOCABULARY, tiny_llama
@@ -73,6 +74,8 @@ CASES = {
     "accelerate": Case(_accelerate),
     "fsdp2, root": Case(_fsdp("-")),
     "fsdp2, layers": Case(_fsdp(*_LAYERS)),
+    # What accelerate sets for every run in 16 bits: log-probs must not be rounded on the way out.
+    "fsdp2, output in 16 bits": Case(_fsdp("-", mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16))),
     "fsdp2, layers, tied": Case(_fsdp(*_LAYERS), tied=True),
     "fsdp2, head on its own": Case(_fsdp(*_LAYERS, "lm_head")),
     "fsdp2, head on its own, kept": Case(_fsdp(*_LAYERS, "lm_head", reshard_after_forward=False)),

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from dpo_engine.errors import ModelError
 from dpo_engine.model import scoring
 from dpo_engine.model.adapters import add_lora
-from dpo_engine.model.scoring import ScoredTokens, bind_scoring, decoder_of, is_bound, unbind_scoring
+from dpo_engine.model.scoring import Exact, ScoredTokens, bind_scoring, decoder_of, is_bound, unbind_scoring
 from support.tiny_models import CONFIGS, VOCABULARY, naive_token_logps, tiny_model
 
 INPUT_IDS = torch.randint(3, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(1))
@@ -270,3 +271,12 @@ def test_a_model_without_a_separate_decoder_is_refused() -> None:
     model.base_model, model.get_decoder = model, lambda: model
     with pytest.raises(ModelError, match="SimpleNamespace has no decoder apart from its head"):
         decoder_of(model)
+
+
+def test_an_output_that_fsdp2_casts_keeps_its_float32_log_probs() -> None:
+    """It casts every tensor of an output to its `output_dtype`, which accelerate sets in 16 bits, and makes the output anew."""
+    logps = torch.tensor([-6.08823, -0.00012])
+    output = ScoredTokens(token_logps=logps, exact=Exact(token_logps=logps))
+    cast = tree_map(lambda x: x.bfloat16() if isinstance(x, torch.Tensor) else x, output)
+    assert torch.equal(cast.token_logps, logps) and cast.token_logps.dtype == torch.float32
+    assert torch.equal(cast["token_logps"], logps)

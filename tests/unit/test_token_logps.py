@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,16 @@ def test_removing_it_leaves_no_trace(prepared: bool) -> None:
     assert torch.equal(after.loss, own.loss) and torch.equal(after.logits, own.logits)
 
 
+@pytest.fixture
+def accelerate_anew() -> Iterator[None]:
+    """Accelerate keeps the first mixed precision of a process for all that come after."""
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    state._reset_state(True)
+    yield
+    state._reset_state(True)
+
+
+@pytest.mark.usefixtures("accelerate_anew")
 def test_removing_it_below_a_wrapper_gives_the_models_own_answer_too() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model("Llama")
@@ -156,6 +167,7 @@ def test_removing_it_below_a_wrapper_gives_the_models_own_answer_too() -> None:
     torch.testing.assert_close(prepared(**call()).loss, own, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.usefixtures("accelerate_anew")
 def test_under_accelerates_mixed_precision_it_computes_in_that_precision_or_is_refused() -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
