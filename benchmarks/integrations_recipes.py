@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import run_watched
+from harness import Finished, run_watched
 
 STEPS, BATCH = 3, 4
 # `python -m` would put the working folder before all else, and with it the checkout and its folder `kernels/`.
@@ -134,9 +134,8 @@ def _llamafactory(case: str, engine: bool, python: Path, folder: Path, env: Mapp
         [str(python), "-m", "dpo_engine.integrations.llamafactory"] if engine else [str(bin_ / "llamafactory-cli")]
     )
     ranks = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"} if case == "dpo-two-ranks" else {}
-    run_watched(
-        [*command, "train", str(path)], env={**env, **ranks, **SAFE, "PATH": f"{bin_}:/usr/bin:/bin"}, limit_s=900
-    )
+    settings = {**env, **ranks, **SAFE, "PATH": f"{bin_}:/usr/bin:/bin"}
+    _check_the_line(run_watched([*command, "train", str(path)], env=settings, limit_s=900), engine)
     history = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [entry for entry in history if "loss" in entry]
 
@@ -173,4 +172,13 @@ def _axolotl(case: str, engine: bool, python: Path, folder: Path, env: Mapping[s
     path.write_text(json.dumps(config), encoding="utf-8")
     quiet = {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
     done = run_watched([str(python), "-m", "axolotl.cli.train", str(path)], env={**env, **quiet, **SAFE}, limit_s=900)
+    _check_the_line(done, engine)
     return [ast.literal_eval(entry) for entry in re.findall(r"\{'loss'.*?\}", done.stdout + done.stderr)]
+
+
+def _check_the_line(done: Finished, engine: bool) -> None:
+    """Whether the engine said that it is there, just where it should be: a change that does nothing changes no figure."""
+    if ("scores without logits" in done.stdout + done.stderr) != engine:
+        raise RuntimeError(
+            f"'scores without logits' was {'not ' if engine else ''}printed; expected it with the engine alone"
+        )
