@@ -6,6 +6,7 @@ results, computed by `linear_logps` and the losses of `dpo_engine.losses`.
 
 from __future__ import annotations
 
+import difflib
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,7 +82,13 @@ class FusedLinearDPOLoss(nn.Module):
         self.average_log_prob = average_log_prob
         self.chunk_size = chunk_size
         self.loss_type = loss_type
-        self.method = get_method(_LIGER_NAMES.get(loss_type, loss_type))
+        name = _LIGER_NAMES.get(loss_type, loss_type)
+        if name not in LOSSES:
+            known = ", ".join((*_LIGER_NAMES, *sorted(LOSSES)))
+            near = difflib.get_close_matches(name, LOSSES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"loss_type={loss_type!r} is not built{hint}; expected one of {known}")
+        self.method = get_method(name)
         self.use_ref_model = use_ref_model and self.method.needs_reference
         self.head: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap, "backend": backend}
         self.config = self._config(label_smoothing, discopop_tau, parameters)

@@ -47,6 +47,8 @@ class Scored:
     input_ids: Tensor  # (B, L)
     mask: Tensor  # (B, L) nonzero where the token at that place is scored
     attention: Tensor | None = None  # (B, L), to recognise the same tokens without padding, as one row
+    wraps: bool = False
+    """Whether the trainer has the last position of a row predict its first token, as TRL's does where it rolls its masks."""
 
 
 @dataclass
@@ -75,7 +77,8 @@ class ScoredOutput(ModelOutput):
 
 
 _scope: ContextVar[Scope | None] = ContextVar("dpo_engine_scope", default=None)
-_agreed: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # models probed: "" or why not
+# Models that were probed: by which head layer they had, and why not, if not.
+_agreed: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
 _said: set[str] = set()
 
 
@@ -104,7 +107,7 @@ def scoring(models: Sequence[Any], scope: Scope) -> Iterator[None]:
         for model in bare:
             if _agrees(model, scope):
                 replaced.append((model, vars(model).get("forward")))
-                model.forward = types.MethodType(_scored_forward(model.forward), model)
+                model.forward = types.MethodType(_scored_forward(model), model)
         yield
     finally:
         for model, own in replaced:
@@ -129,22 +132,30 @@ def causal_model(model: Any) -> Any:
 
 def _agrees(model: Any, scope: Scope) -> bool:
     """Whether the model's own logits are what the engine computes; asked once a model, and a no is said."""
-    if model not in _agreed:
-        from dpo_engine.model.probe import probe_head
+    layer = id(model.get_output_embeddings())  # an adapter that comes onto the head is another layer
+    if _agreed.get(model, (None, ""))[0] != layer:
+        _agreed[model] = layer, _disagreement(model, scope)
+    reason = _agreed[model][1]
+    if reason:
+        say(f"{type(model).__name__} keeps building its logits: {reason}")
+    return not reason
 
-        token = _scope.set(None)
-        try:
-            _agreed[model] = _sharded(model)
-            if not _agreed[model]:
-                with _autocast(model, scope):
-                    probe_head(model)
-        except (ModelError, AttributeError) as error:
-            _agreed[model] = str(error)
-        finally:
-            _scope.reset(token)
-    if _agreed[model]:
-        say(f"{type(model).__name__} keeps building its logits: {_agreed[model]}")
-    return not _agreed[model]
+
+def _disagreement(model: Any, scope: Scope) -> str:
+    """Why the engine does not score this model; nothing if it does."""
+    from dpo_engine.model.probe import probe_head
+
+    if reason := _sharded(model):
+        return reason
+    token = _scope.set(None)
+    try:
+        with _autocast(model, scope):
+            probe_head(model)
+    except (ModelError, AttributeError) as error:
+        return str(error)
+    finally:
+        _scope.reset(token)
+    return ""
 
 
 def _sharded(model: Any) -> str:
@@ -173,8 +184,12 @@ def say(line: str) -> None:
         warnings.warn(f"dpo_engine: {line}", stacklevel=3)
 
 
-def _scored_forward(own: Callable[..., Any]) -> Callable[..., Any]:
+def _scored_forward(model: Any) -> Callable[..., Any]:
+    replaced, original = model.forward, id(model)
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A copy that was made meanwhile has this forward too, and weights of its own.
+        own = replaced if id(self) == original else type(self).forward.__get__(self)
         scope = _scope.get()
         if scope is None:
             return own(*args, **kwargs)
@@ -186,7 +201,7 @@ def _scored_forward(own: Callable[..., Any]) -> Callable[..., Any]:
 
     # PEFT and accelerate read the names of forward's arguments.
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *inspect.signature(own).parameters.values()]
+        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *inspect.signature(replaced).parameters.values()]
     )
     return forward
 
@@ -235,6 +250,8 @@ def _predicts(scope: Scope, input_ids: Tensor, attention_mask: Tensor | None) ->
     mask = None
     for batch in reversed(scope.batches):
         if (mask := _mask_of(batch, input_ids)) is not None:
+            if batch.wraps:
+                return mask.roll(-1, dims=1) != 0
             break
     if mask is None:
         mask = torch.ones_like(input_ids) if attention_mask is None or attention_mask.ndim != 2 else attention_mask

@@ -181,7 +181,7 @@ TRL_NAMES: tuple[TrlName, ...] = (
         default=None,
         only=(None, [1.0]),
         type=list[float] | None,
-        note=f"one loss a run; the nearest to sigmoid with sft is {_DPO_NLL}",
+        note=f"one loss a run; the nearest to sigmoid with sft is {_DPO_NLL}, which is not built yet",
     ),
     TrlName(
         name="rpo_alpha",

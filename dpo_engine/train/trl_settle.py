@@ -50,7 +50,7 @@ def settle_names(config: Any) -> None:
                 raise both_given(row, given, own)
             setattr(config, row.to, ours)
             setattr(config, row.name, None)
-            say_once(_alias_line(row, given, ours))
+            say_once(_alias_line(row, given, ours, with_note=given != "sigmoid" or config.label_smoothing != 0))
     was_said = vars(config).get("_defaults_said", False)  # what has no effect stays, and is seen again
     if is_of_trl and not was_said and (line := _defaults_line(config, fields)):
         say_once(line)
@@ -101,7 +101,7 @@ def _method(loss_type: Any) -> str:
     if len(names) != 1:
         raise ConfigError(
             f"loss_type={loss_type!r} (TRL's) is a sum of {len(names)} losses; expected one: the nearest to sigmoid with sft is "
-            "method dpo_nll"
+            "method dpo_nll" + ("" if "dpo_nll" in LOSSES else ", which is not built yet")
         )
     [name] = names
     if name not in LOSS_TYPES:
@@ -119,11 +119,11 @@ def _method(loss_type: Any) -> str:
     )
 
 
-def _alias_line(row: TrlName, given: Any, ours: Any) -> str:
+def _alias_line(row: TrlName, given: Any, ours: Any, *, with_note: bool) -> str:
     note = row.note
     if row.name == "loss_type":
         note = LOSS_TYPES[given if isinstance(given, str) else given[0]].note
-    return f"{row.name}={given!r} is TRL's name for {row.to}={ours!r}" + (f". {note}" if note else "")
+    return f"{row.name}={given!r} is TRL's name for {row.to}={ours!r}" + (f". {note}" if note and with_note else "")
 
 
 def _defaults_line(config: Any, fields: dict[str, Any]) -> str:

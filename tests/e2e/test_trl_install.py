@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def namespaces() -> dict[str, Any]:
     known = release(trl.__version__)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for place in (*(method.place for method in known.methods), *known.log_softmaxes, *known.fused):
+        for place in (*(m.place for m in known.methods), *known.log_softmaxes, *known.fused, *known.classes):
             importlib.import_module(place.module)
     found = {}
     for name in sorted(name for name in sys.modules if name.split(".")[0] == "trl"):
@@ -139,6 +140,14 @@ def test_a_trainer_that_another_package_replaced_is_refused(monkeypatch: pytest.
     monkeypatch.setattr(cpo.CPOTrainer, "concatenated_forward", theirs)
     with pytest.raises(IntegrationError, match=r"was replaced by unsloth\.models\.rl"):
         x.install()
+
+
+def test_a_trainers_class_that_another_package_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = type("DPOTrainer", (trl.trainer.dpo_trainer.DPOTrainer,), {"__module__": "unsloth_compiled_cache"})
+    monkeypatch.setattr(trl.trainer.dpo_trainer, "DPOTrainer", theirs)
+    with pytest.raises(IntegrationError, match=r"DPOTrainer was replaced by unsloth_compiled_cache before"):
+        x.install()
+    assert not installing.is_installed()
 
 
 def test_places_are_all_looked_up_before_the_first_is_changed() -> None:
@@ -228,6 +237,26 @@ def test_columns_cut_off_on_the_right_and_rows_without_padding_are_recognised(lo
     assert scoring._mask_of(batch, loop.input_ids + 1) is None
 
 
+def test_a_mask_that_wraps_has_the_last_position_predict_the_first_token(loop: Loop) -> None:
+    """TRL until 0.28 rolls its loss mask, and a completion may begin a row that was cut on the left."""
+    loop.mask[0, 0] = 1
+    batch = Scored(input_ids=loop.input_ids, mask=loop.mask, wraps=True)
+    with scoring.scoring([loop.model], Scope(batches=[batch])):
+        logits = loop.model(input_ids=loop.input_ids).logits
+    assert torch.equal(logits.scored, loop.mask.roll(-1, 1).bool())
+    own = loop.model(input_ids=loop.input_ids).logits.log_softmax(-1)
+    torch.testing.assert_close(logits.token_logps[0, -1], own[0, -1, loop.input_ids[0, 0]], rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_made_while_the_model_is_bound_is_of_its_own(loop: Loop) -> None:
+    with scoring.scoring([loop.model], loop.scope()):
+        copied = copy.deepcopy(loop.model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    assert not copied(input_ids=loop.input_ids).logits.any()
+    assert loop.model(input_ids=loop.input_ids).logits.any()
+
+
 def test_tokens_that_no_batch_knows_are_all_scored(loop: Loop) -> None:
     attention = torch.ones_like(loop.input_ids)
     attention[0, 5:] = 0
@@ -307,7 +336,7 @@ def test_a_model_runs_under_autocast_only_if_its_own_forward_would(loop: Loop, p
 
 def test_a_model_that_was_refused_is_asked_again_after_a_new_installation(loop: Loop) -> None:
     x.install()
-    scoring._agreed[loop.model] = "of another head"
+    scoring._agreed[loop.model] = id(loop.model.lm_head), "of another head"
     with pytest.warns(UserWarning, match="of another head"), scoring.scoring([loop.model], loop.scope()):
         assert isinstance(loop.model(input_ids=loop.input_ids).logits, torch.Tensor)
     x.uninstall()

@@ -214,7 +214,7 @@ def test_ld_dpo_weighs_the_tokens_beyond_the_shorter_completion() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "ipoo"}, "method='ipoo' is not known; did you mean 'ipo'"),
+        ({"loss_type": "ipoo"}, "loss_type='ipoo' is not built; did you mean 'ipo'"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 is no parameter of loss_type='ipo'"),
         ({"label_smoothing": 0.5}, r"label_smoothing=0.5; expected a number in \[0, 0.5\)"),
         ({"discopop_tau": 0.1}, "discopop_tau=0.1 is no parameter of loss_type='sigmoid'"),

@@ -81,6 +81,8 @@ def _trl_version() -> str:
 def _replacements(known: Release) -> dict[Place, Any]:
     """What goes into each place, made from what stands there."""
     found: dict[Place, Any] = {}
+    for place in known.classes:
+        place.found()  # refuses one that another package has put there
     for method in known.methods:
         found[method.place] = _scoring_method(method.place.found(), method)
     for place in known.log_softmaxes:
@@ -183,7 +185,7 @@ def _recording_flush_left(original: Callable[..., Any]) -> Callable[..., Any]:
         flushed = original(*tensors)
         if (scope := current_scope()) is not None and isinstance(flushed, tuple) and len(flushed) >= 3:
             attention, input_ids, loss_mask = flushed[:3]
-            scope.batches.append(Scored(input_ids=input_ids, mask=loss_mask, attention=attention))
+            scope.batches.append(Scored(input_ids=input_ids, mask=loss_mask, attention=attention, wraps=True))
         return flushed
 
     return wrapper

@@ -33,6 +33,7 @@ def _weighting(trainer: Any) -> tuple[str, ...]:
     return ("log_sum_squares",) if getattr(trainer, "use_weighting", False) else ()
 
 
+_FUSED_TRAINERS = ("DPO", "KTO", "GRPO", "RLOO", "SFT")
 FIRST, LAST = (0, 19), (1, 16)
 KNOWN = "0.19 to 0.29 and 1.0 to 1.16"
 _LAST_OF_0 = (0, 29)
@@ -72,6 +73,9 @@ class Release:
     """What decides whether only scored positions reach the fused head."""
     fused_trainers: tuple[str, ...] = ()
 
+    classes: tuple[Place, ...] = ()
+    """The trainers' classes where none of their own methods is replaced: they must be TRL's own all the same."""
+
     def trainers(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.fused_trainers, *(method.trainer for method in self.methods))))
 
@@ -108,7 +112,10 @@ def release(version: str) -> Release:
         fused=_fused(numbers),
         fused_fields=("entropy",) if numbers == (1, 14) else ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
         compaction=Place("trl.trainer.utils", "_use_triton") if numbers >= (1, 16) else None,
-        fused_trainers=("DPO", "KTO", "GRPO", "RLOO", "SFT") if fused else (),
+        fused_trainers=_FUSED_TRAINERS if fused else (),
+        classes=tuple(Place(f"trl.trainer.{name.lower()}_trainer", f"{name}Trainer") for name in _FUSED_TRAINERS)
+        if fused
+        else (),
     )
 
 
