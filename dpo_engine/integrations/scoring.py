@@ -2,7 +2,7 @@
 
 While a trainer's method runs inside `scoring(...)`, the models that it asks return `ScoredLogits` where their logits would be: the
 decoder runs, the rows that predict a scored token go through `linear_logps`, all within the model's own `forward`, so that what
-wraps it (PEFT, DDP, FSDP2, accelerate) acts as always. Afterwards the models have their own forward again.
+wraps it (PEFT, DDP, accelerate) acts as always. Afterwards the models have their own forward again.
 
 Which tokens are scored the method's batch says (`Scored`); where it does not, every attended token is. A call that the engine
 cannot answer (images, router losses, no tokens) goes to the model's own forward, and says so once.

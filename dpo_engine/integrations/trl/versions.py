@@ -72,7 +72,7 @@ class Release:
     compaction: Place | None = None
     """What decides whether only scored positions reach the fused head."""
     fused_trainers: tuple[str, ...] = ()
-
+    """Those that score by it."""
     classes: tuple[Place, ...] = ()
     """The trainers' classes where none of their own methods is replaced: they must be TRL's own all the same."""
 
