@@ -180,7 +180,7 @@ def test_without_held_out_pairs_nothing_is_claimed_about_them(
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"model": "./no-such-folder"}, "no such folder"),
         ({"bta": "0.1"}, "did you mean beta"),
-        ({"beta": "0"}, "expected a number above 0"),
+        ({"beta": "0"}, "expected a finite number above 0"),
         ({"backend": "cuda"}, "expected one of auto, reference, tiled"),
         ({"lora_target_modules": "qproj"}, "no linear layer"),
         ({"lora_target_modules": "embed_tokens"}, "no linear layer"),

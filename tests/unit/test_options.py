@@ -52,7 +52,7 @@ def test_both_names_of_bfloat16_turn_it_on(name: str) -> None:
         (["--bta", "0.1"], "bta is not an option; did you mean beta"),
         (["--learning-rat", "1"], "learning_rat is not an option; did you mean learning_rate"),
         (["--bet", "0.1"], "bet is not an option"),
-        (["--beta", "0"], "beta=0.0 is out of range; expected a number above 0"),
+        (["--beta", "0"], "beta=0.0 is out of range; expected a finite number above 0"),
         (["--beta", "-1"], "beta=-1.0 is out of range"),
         (["--beta", "nan"], "beta=nan is out of range"),
         (["--beta", "abc"], "--beta.*invalid float value: 'abc'"),
