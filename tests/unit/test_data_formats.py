@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_engine.data import check_source, detect_format
-from dpo_engine.data.formats import preference_row, require_pairs
+from dpo_engine.data.formats import preference_row, require_kind
 from dpo_engine.data.records import BadRow, PreferenceRow, SourceRow, UnusableRow
 from dpo_engine.errors import DataError
 
@@ -125,7 +125,7 @@ SHAPES: dict[str, tuple[dict[str, Any], str, Any, Any, Any]] = {
 @pytest.mark.parametrize(("row", "line", "prompt", "chosen", "rejected"), SHAPES.values(), ids=SHAPES)
 def test_a_shape_is_said_in_one_line_and_read(row: dict, line: str, prompt: Any, chosen: Any, rejected: Any) -> None:
     assert str(detect_format([row])) == line
-    assert _read(row) == PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, origin="row 1")
+    assert _read(row) == PreferenceRow(prompt=prompt, completions=(chosen, rejected), origin="row 1")
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,11 @@ def test_a_shape_is_said_in_one_line_and_read(row: dict, line: str, prompt: Any,
 )
 def test_unpaired_rows_are_recognised_and_refused_by_a_method_that_needs_pairs(row: dict) -> None:
     unpaired = detect_format([row])
-    assert not unpaired.is_paired
-    with pytest.raises(DataError, match=r"file\.json holds unpaired .*method 'ipo' needs pairs"):
-        require_pairs(unpaired, "file.json", "ipo")
+    assert unpaired.kind == "unpaired"
+    with pytest.raises(DataError, match=r"file\.json holds unpaired .*method 'ipo' needs pairs; set method: kto"):
+        require_kind(unpaired, "file.json", "ipo", "pairs")
+    with pytest.raises(DataError, match=r"method 'plackett_luce' needs ranked lists, or pairs; set method: kto"):
+        require_kind(unpaired, "file.json", "plackett_luce", "ranked")
 
 
 def test_unknown_columns_are_listed_with_the_shapes_that_are_understood() -> None:

@@ -24,7 +24,7 @@ def _pairs(*lengths: tuple[int, int, int]) -> PairData:
         TokenizedTree(prompt_ids=[1] * p, completions=([2] * c, [3] * r), origin=f"row {number}")
         for number, (p, c, r) in enumerate(lengths, start=1)
     ]
-    rows = [PreferenceRow(prompt="p", chosen="c", rejected="r", origin=tree.origin) for tree in trees]
+    rows = [PreferenceRow(prompt="p", completions=("c", "r"), origin=tree.origin) for tree in trees]
     report = DataReport(source="here", format="ids", rows_read=len(trees), rows_used=len(trees))
     return PairData(trees=trees, rows=rows, report=report)
 
