@@ -141,7 +141,7 @@ def add_reference_adapter(model: nn.Module) -> None:
     config = copy.deepcopy(policy.peft_config[active[0]])
     if getattr(config, "init_lora_weights", None) not in (True, False, "gaussian"):
         raise ConfigError(
-            f"the adapter began by changing the model's own weights (init_lora_weights={config.init_lora_weights!r}), which a second "
+            f"the adapter began by changing the model's own weights ({config.init_lora_weights=}), which a second "
             "one beside it would do again; expected one that began at zero"
         )
     policy.add_adapter(REFERENCE, config)

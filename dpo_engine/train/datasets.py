@@ -132,8 +132,8 @@ def _suggest_weights(data: Any, args: DPOConfig, name: str) -> None:
     if not 1 <= ratio <= 4 / 3:
         good, bad = suggested_weights(desirable, undesirable)
         logger.warning(
-            "%s: %d desirable and %d undesirable completions: desirable_weight * n / (undesirable_weight * n) is %.2f, and 1 to 1.33 "
-            "is advised; desirable_weight: %.4g and undesirable_weight: %.4g would be",
+            "%s: %d desirable and %d undesirable completions: desirable_weight * n / (undesirable_weight * n) is %.2f, and 1 to "
+            "1.33 is advised; desirable_weight: %.4g and undesirable_weight: %.4g would be",
             name, desirable, undesirable, ratio, good, bad,
         )  # fmt: skip
 
@@ -201,8 +201,8 @@ def _check_stream(dataset: Any, args: DPOConfig, name: str) -> None:
         )
     if args.entry.mismatched:
         raise ConfigError(
-            f"DPOTrainer: {name} is a stream, and the method {args.method} puts completions behind prompts of other rows; expected a "
-            "data set in memory"
+            f"DPOTrainer: {name} is a stream, and the method {args.method} puts completions behind prompts of other rows; expected "
+            "a data set in memory"
         )
     if args.dataloader_num_workers:
         raise ConfigError(

@@ -53,9 +53,9 @@ class Health:
         if has_fallen:
             self._warn(
                 "displacement",
-                f"likelihood displacement: margins grow (rewards/margins {means['rewards/margins']:.3f}), but the chosen completions' "
-                f"mean log-prob is {against}: both become less likely, the rejected ones faster. Where that is not wanted: "
-                f"{self._remedy()}, a lower learning_rate, or pairs whose completions differ in more than a few tokens",
+                f"likelihood displacement: margins grow (rewards/margins {means['rewards/margins']:.3f}), but the chosen "
+                f"completions' mean log-prob is {against}: both become less likely, the rejected ones faster. Where that is not "
+                f"wanted: {self._remedy()}, a lower learning_rate, or pairs whose completions differ in more than a few tokens",
             )
 
     def judged(self, means: dict[str, float], name: str = "") -> None:

@@ -9,6 +9,7 @@ before the completions that train; these then depend on each other through z0 al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +21,15 @@ from dpo_engine.losses import kto_baseline
 
 def split_mismatched(trees: Sequence[TokenTree]) -> tuple[list[TokenTree], list[TokenTree]]:
     """`(own, others)`: the trees without the completions that are not theirs, and with these alone."""
-    own = [with_completions(tree, slice(None, -1)) if _has_one(tree) else tree for tree in trees]
-    return own, [with_completions(tree, slice(-1, None)) for tree in trees if _has_one(tree)]
+    # Labels are those of a tree's own completions.
+    own = [
+        replace(with_completions(tree, slice(None, -1)), desirable=getattr(tree, "desirable", None))
+        if _has_one(tree)
+        else tree
+        for tree in trees
+    ]
+    others = [replace(with_completions(tree, slice(-1, None)), desirable=None) for tree in trees if _has_one(tree)]
+    return own, others
 
 
 def _has_one(tree: TokenTree) -> bool:

@@ -115,7 +115,7 @@ def _pairs(method: Method, values: CompletionValues, forest: PreferenceForest, r
         if values.reference_token_logps is not None:
             found = _public(values.reference_token_logps, forest, places, chosen)
             public |= zip((f"reference_{name}" for name in names), found, strict=True)
-    weights = torch.stack(both(_completion_weights(forest, chosen))).mean(0)
+    weights = torch.stack(both(_completion_weights(forest, values.logps))).mean(0)
     share = None
     if not is_plain:
         share = torch.tensor(shares, dtype=torch.float32).to(chosen.device, non_blocking=True)
@@ -164,9 +164,10 @@ def _unpaired(values: CompletionValues, forest: PreferenceForest) -> UnpairedSta
     count = sum(forest.sizes[: forest.trees])
     device = values.logps.device
     share = torch.tensor([1 / size for size in forest.sizes[: forest.trees] for _ in range(size)]).to(device)
-    some: dict[str, Any] = {name: getattr(values, name) for name in ("logps", "reference_logps", "k3")}
     return UnpairedStats(
-        **{name: None if value is None else value[:count] for name, value in some.items()},
+        logps=values.logps[:count],
+        reference_logps=_first(values.reference_logps, count),
+        k3=_first(values.k3, count),
         lengths=torch.tensor(forest.lengths[:count], dtype=torch.float32).to(device, non_blocking=True),
         desirable=torch.tensor(forest.desirable[:count], dtype=torch.bool).to(device, non_blocking=True),
         weights=_completion_weights(forest, values.logps)[:count] * share,
@@ -185,15 +186,20 @@ def _lists(values: CompletionValues, forest: PreferenceForest) -> ListStats:
     list_ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)).to(device)
     weights = _completion_weights(forest, values.logps)[:count]
     sums = weights.new_zeros(len(sizes)).index_add(0, list_ids, weights)
-    some: dict[str, Any] = {name: getattr(values, name) for name in ("logps", "reference_logps", "k3")}
     return ListStats(
-        **{name: None if value is None else value[:count] for name, value in some.items()},
+        logps=values.logps[:count],
+        reference_logps=_first(values.reference_logps, count),
+        k3=_first(values.k3, count),
         lengths=torch.tensor(forest.lengths[:count], dtype=torch.float32).to(device, non_blocking=True),
         list_ids=list_ids,
         ranks=torch.tensor(ranks[:count], dtype=torch.int64).to(device, non_blocking=True),
         lists=len(sizes),
         weights=sums / torch.tensor(sizes, dtype=torch.float32).to(device),
     )
+
+
+def _first(values: Tensor | None, count: int) -> Tensor | None:
+    return None if values is None else values[:count]
 
 
 def _completion_weights(forest: PreferenceForest, like: Tensor) -> Tensor:
