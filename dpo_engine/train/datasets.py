@@ -19,7 +19,6 @@ from dpo_engine.data.token_columns import pairs_of_ids, token_columns
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.reference.values import ReferenceValues
 from dpo_engine.train.config import DPOConfig
-from dpo_engine.train.method_arguments import KINDS
 from dpo_engine.train.trl_settle import say_once
 
 logger = logging.getLogger(__name__)
@@ -83,10 +82,10 @@ def _for_method(data: Any, args: DPOConfig, name: str) -> Any:
     """
     method = args.entry
     for index, tree in enumerate(data):
-        if fault := _misfit(tree, KINDS[method.needs]):
+        if fault := _misfit(tree, method.kind):
             raise DataError(
                 f"{getattr(tree, 'origin', None) or f'{name}: row {index + 1}'} {fault}; the method {method.name} trains on "
-                f"{_EXPECTED[KINDS[method.needs]]}"
+                f"{_EXPECTED[method.kind]}"
             )
     if not method.mismatched:
         return data

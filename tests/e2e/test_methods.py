@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ pytest.importorskip("peft")
 from peft import LoraConfig
 
 from dpo_engine import DPOConfig, DPOTrainer
-from dpo_engine.batch import Tree
-from dpo_engine.losses import LOSSES, ListStats, UnpairedStats, get_method
+from dpo_engine.losses import LOSSES, get_method
 from support.gradients import GradientRecorder, assert_same_gradients
+from support.method_trees import trees_for
 from support.naive_methods import train_naively
-from support.tiny_pairs import VOCABULARY, random_pairs, tiny_llama
+from support.tiny_pairs import tiny_llama
 
 CASES: dict[str, dict[str, Any]] = {name: {"method": name} for name in LOSSES} | {
     "tr_dpo": {"method": "tr_dpo", "ref_model_sync_steps": 2},
@@ -39,25 +38,8 @@ SPLITS: dict[str, dict[str, Any]] = {
 }
 
 
-def trees_for(case: str, count: int, seed: int = 1) -> list[Any]:
-    """Random pairs; labelled completions, alone or two of a prompt; lists of three or four, with ties."""
-    pairs, needs = random_pairs(count, seed=seed).trees, get_method(CASES[case]["method"]).needs
-    draw = random.Random(seed)
-    if needs is UnpairedStats:
-        return [
-            Tree(prompt_ids=tree.prompt_ids, completions=tree.completions, desirable=(True, False))
-            if index % 3 == 0
-            else Tree(prompt_ids=tree.prompt_ids, completions=tree.completions[:1], desirable=(index % 3 == 1,))
-            for index, tree in enumerate(pairs)
-        ]
-    if needs is not ListStats and "lists" not in case:
-        return pairs
-    lists = []
-    for index, tree in enumerate(pairs):
-        more = [[draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 9))] for _ in range(1 + index % 2)]
-        ranks = ((0, 1, 1) if index % 4 == 0 else (0, 1, 2)) if len(more) == 1 else (0, 1, 1, 2)
-        lists.append(Tree(prompt_ids=tree.prompt_ids, completions=[*tree.completions, *more], ranks=ranks))
-    return lists
+def data_for(case: str, count: int) -> list[Any]:
+    return trees_for(CASES[case]["method"], count, ranked="lists" in case)
 
 
 def trainer(folder: Path, case: str, trees: list[Any], **changes: Any) -> DPOTrainer:
@@ -66,7 +48,7 @@ def trainer(folder: Path, case: str, trees: list[Any], **changes: Any) -> DPOTra
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,  # Adam makes much of what rounding did to small gradients
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "logging_steps": 1,
@@ -87,7 +69,7 @@ def logged(run: DPOTrainer, name: str = "loss") -> list[float]:
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_those_of_whole_steps_in_plain_torch(tmp_path: Path, case: str, split: str) -> None:
-    trees = trees_for(case, 24)
+    trees = data_for(case, 24)
     policy, reference = tiny_llama(seed=0), tiny_llama(seed=5)
     needs_reference = get_method(CASES[case]["method"]).needs_reference
     seen = GradientRecorder()
@@ -96,14 +78,14 @@ def test_losses_and_gradients_are_those_of_whole_steps_in_plain_torch(tmp_path: 
         max_steps=3, callbacks=[seen], **SPLITS[split],
     )  # fmt: skip
     prepared = list(run.train_dataset)
-    naive = train_naively(
-        run.method, run.config, policy, reference, [prepared[i : i + 8] for i in (0, 8, 16)], lr=1e-2
-    )
+    naive = train_naively(run.method, run.config, policy, reference, [prepared[i : i + 8] for i in (0, 8, 16)], lr=1e-3)
     run.train()
     assert logged(run) == pytest.approx(naive.losses, rel=2e-5)
     assert_same_gradients(seen.steps, naive.gradients)
     if case == "kto":
-        assert max(naive.baselines) > 1 and logged(run, "kl/baseline") == pytest.approx(naive.baselines, rel=1e-4, abs=1e-4)
+        assert max(naive.baselines) > 0.5 and logged(run, "kl/baseline") == pytest.approx(
+            naive.baselines, rel=1e-4, abs=1e-4
+        )
 
 
 def success(case: str, run: DPOTrainer) -> tuple[float, float]:
@@ -117,7 +99,7 @@ def success(case: str, run: DPOTrainer) -> tuple[float, float]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_thirty_steps_move_its_own_measure_and_a_resumed_run_is_the_same_run(tmp_path: Path, case: str) -> None:
-    trees = trees_for(case, 12)
+    trees = data_for(case, 12)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     settings: dict[str, Any] = {
         "max_steps": 30, "save_strategy": "steps", "save_steps": 22, "per_device_train_batch_size": 2,
