@@ -268,7 +268,7 @@ def _score(
         # Beside a KL for the extras alone, which take no gradient.
         given = rows if reference_rows is None else rows.detach()
         token_logps, more = head_logps(model, given, labels, model.scoring_backend, extras)
-        found = {"token_logps": token_logps} | found
+        found.setdefault("token_logps", token_logps)
         if more is not None:
             found["log_sum_squares"] = more.log_sum_squares
     return ScoredTokens(**found, exact=exact_under_fsdp(model, **found))

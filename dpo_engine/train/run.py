@@ -53,7 +53,7 @@ class TrainConfig(TrlScriptArguments, DPOConfig):
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Preference pairs, labelled completions or ranked lists: .jsonl, .json, .csv (also .gz), .parquet, or a hub dataset id."
+            "help": "Pairs, labelled completions or ranked lists: .jsonl, .json, .csv (also .gz), .parquet, or a hub dataset id."
         },
     )
     data_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
