@@ -1,12 +1,14 @@
 """What every test starts from.
 
-A cache folder of the tests' own, so that no test finds what a person's runs left, or leaves it; and one thread where
-several processes share the tests.
+A cache folder of the tests' own, so that no test finds what a person's runs left, or leaves it; one thread where several
+processes share the tests; and a garbage collector that leaves imported modules alone.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -31,6 +33,23 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take a minute or more go out first: one that is begun last leaves the other workers idle."""
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
+_modules_left_alone = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Whoever asks for a garbage collection looks at what tests made, not at a million objects of imported modules.
+
+    transformers' trainer asks after every run, and that takes longer than a run of a tiny model.
+    """
+    global _modules_left_alone
+    if len(sys.modules) > _modules_left_alone + 50:
+        gc.unfreeze()  # what was in use the last time may be garbage by now
+        gc.collect()
+        gc.freeze()
+        _modules_left_alone = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)
