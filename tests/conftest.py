@@ -16,7 +16,24 @@ import torch
 
 from dpo_engine.ops.choice import cache_folder
 
-LONG_FILES = ("test_triton_kernels.py", "test_triton_aot.py", "test_linear_logps_triton.py")
+LONG_FILES = (
+    "test_triton_kernels.py",
+    "test_trainer_ranks.py",
+    "test_memory_traced.py",
+    "test_linear_logps_triton.py",
+    "test_triton_aot.py",
+    "test_qlora_real_model.py",
+    "test_trl_matrix.py",
+    "test_silent_failures.py",
+    "test_forest_attention.py",
+    "test_packaging.py",
+    "test_token_logps_ranks.py",
+    "test_cli_train.py",
+    "test_odd_models.py",
+    "test_adapters_continued.py",
+    "test_cli_cache.py",
+    "test_forest_models_saved.py",
+)
 
 
 def pytest_configure() -> None:
@@ -31,8 +48,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take a minute or more go out first: one that is begun last leaves the other workers idle."""
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    """The longest files go out first: one that is begun last leaves the other workers idle."""
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 _modules_left_alone = 0
