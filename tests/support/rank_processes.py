@@ -1,4 +1,4 @@
-"""How are the ranks of a test started, without each of them importing torch and transformers for itself?
+"""How are several processes of a test started, without each of them importing torch and transformers for itself?
 
 One process imports them and trains nothing; the ranks are forked from it. Forked from the process of the tests itself they
 would find autograd's threads gone.
