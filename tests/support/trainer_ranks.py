@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from dpo_engine import DPOConfig, DPOTrainer
 from dpo_engine.reference.filling import Filled
 from support.method_trees import trees_for
+from support.rank_processes import start_ranks
 from support.tiny_pairs import tiny_llama
 
 RANKS, PAIRS, HELD_OUT, STEPS = 2, 10, 7, 4
@@ -175,14 +176,13 @@ def run(folder: Path, cases: list[str]) -> dict[str, list[Run]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(str(folder), cases, port), nprocs=RANKS)
+    start_ranks(_rank, (str(folder), cases, port), RANKS)
     return {
         case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=False) for rank in range(RANKS)] for case in cases
     }
 
 
 def _rank(rank: int, folder: str, cases: list[str], port: int) -> None:
-    torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
