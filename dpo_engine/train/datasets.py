@@ -52,9 +52,8 @@ def _read(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConf
     first = {} if is_stream else next(iter(dataset))
     if columns := token_columns(first):
         options = args.pair_options()
-        bounds = {
-            key: options[key] for key in ("max_length", "truncation", "max_prompt_length", "max_completion_length")
-        }
+        names = ("max_length", "truncation", "max_prompt_length", "max_completion_length", "method", "kind")
+        bounds = {key: options[key] for key in names}
         data = pairs_of_ids(dataset, columns, name, skip_bad_rows=args.skip_bad_rows, **bounds)
         if args.process_index == 0:
             warn_of_rows_left_out(data.report)

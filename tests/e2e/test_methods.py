@@ -83,18 +83,15 @@ def test_losses_and_gradients_are_those_of_whole_steps_in_plain_torch(tmp_path: 
     assert logged(run) == pytest.approx(naive.losses, rel=2e-5)
     assert_same_gradients(seen.steps, naive.gradients)
     if case == "kto":
-        assert max(naive.baselines) > 0.5 and logged(run, "kl/baseline") == pytest.approx(
+        assert max(naive.baselines) > 0.1 and logged(run, "kl/baseline") == pytest.approx(
             naive.baselines, rel=1e-4, abs=1e-4
         )
 
 
-def success(case: str, run: DPOTrainer) -> tuple[float, float]:
-    """The method's own measure before and after, larger is better."""
-    method = run.method.name
-    name = {"sft": "logps/chosen", "discopop": "loss"}.get(method, "rewards/margins")
-    sign = -1.0 if name == "loss" else 1.0
-    before, after = (sign * entry[f"eval_{name}"] for entry in run.state.log_history if f"eval_{name}" in entry)
-    return before, after
+def success(run: DPOTrainer) -> float:
+    """The method's own measure, larger is better."""
+    name = {"sft": "logps/chosen", "discopop": "loss"}.get(run.method.name, "rewards/margins")
+    return (-1.0 if name == "loss" else 1.0) * run.evaluate()[f"eval_{name}"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -107,10 +104,9 @@ def test_thirty_steps_move_its_own_measure_and_a_resumed_run_is_the_same_run(tmp
         "train_sampling_strategy": "random",
     }  # fmt: skip
     whole = trainer(tmp_path, case, trees, eval_dataset=trees, **settings)
-    whole.evaluate()
+    before = success(whole)
     whole.train()
-    whole.evaluate()
-    before, after = success(case, whole)
+    after = success(whole)
     assert after > before + 1e-3 * abs(before), f"{before} -> {after}"
     again = trainer(tmp_path, case, trees, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-22"))
