@@ -9,6 +9,7 @@ from dpo_engine.batch.forest import (
     build_forest,
     sum_by_completion,
     tree_cost,
+    with_completions,
 )
 from dpo_engine.batch.packing import ForestCollator, PreferenceBatch, pack_trees, packed_cost
 
@@ -25,4 +26,5 @@ __all__ = [
     "packed_cost",
     "sum_by_completion",
     "tree_cost",
+    "with_completions",
 ]

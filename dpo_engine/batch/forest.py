@@ -35,6 +35,9 @@ class TokenTree(Protocol):
         token_weights       a sequence of numbers per completion, one a token: what its log-prob counts in the sum (1)
         completion_weights  a number per completion: what it counts in the loss (1); a pair counts their mean
         reference_logps     a number per completion: the sum of its scored tokens' log-probs under the reference
+        desirable           a bool per completion, of data without pairs
+        ranks               an int per completion, of a ranked list: ascending from 0, the best; equal where two tie
+        mismatched          whether the last completion is another prompt's, put here for a baseline (False)
         origin              where it came from, for messages
     """
 
@@ -58,9 +61,17 @@ class Tree:
     """One (scored tokens of the completion,) float32 for each completion, on the CPU: the reference, asked before."""
     reference_logps: Sequence[float] | None = None
     """Or a sum over scored tokens for each completion, in nats, where only that is known."""
+    desirable: Sequence[bool] | None = None
+    ranks: Sequence[int] | None = None
+    mismatched: bool = False
     origin: str | None = None
     """Where the tree came from, for messages."""
 
+
+OF_COMPLETIONS = (
+    "scored", "token_weights", "completion_weights", "reference_token_logps", "reference_logps", "desirable", "ranks",
+)  # fmt: skip
+"""What a tree may have one of for each completion."""
 
 TreeLike = TokenTree | tuple[Sequence[int], Sequence[Sequence[int]]]
 """A tree, or its prompt's ids and a list of its completions' ids."""
@@ -100,6 +111,12 @@ class PreferenceForest:
     """T."""
     lengths: tuple[int, ...]
     """Scored tokens of each of the C completions, known without asking the device."""
+    sizes: tuple[int, ...]
+    """Completions of each tree."""
+    desirable: tuple[bool, ...] | None
+    """Of each completion; None where completions have no labels."""
+    ranks: tuple[int, ...] | None
+    """Of each completion, 0 for a tree's best; None where completions have none."""
     tokens: int
     """Real tokens in `input_ids`, padding not counted."""
 
@@ -181,13 +198,41 @@ def build_forest(trees: Sequence[TreeLike], layout: str = "shared") -> Preferenc
         ),
         trees=len(given),
         lengths=lengths,
+        sizes=tuple(len(tree.completions) for tree in given),
+        desirable=_of_completions(given, "desirable"),
+        ranks=_of_completions(given, "ranks"),
         tokens=sum(tree_cost(tree, layout) for tree in given),
     )
+
+
+def _of_completions(trees: Sequence[TokenTree], name: str) -> tuple[Any, ...] | None:
+    """What the trees say of each completion; None where one does not, or has a mismatched one, of which nothing is said."""
+    if any(getattr(tree, "mismatched", False) for tree in trees):
+        return None
+    found = [_one_each(index, tree, name) for index, tree in enumerate(trees)]
+    if any(values is None for values in found):
+        return None
+    return tuple(value for values in found if values is not None for value in values)
 
 
 def as_tree(tree: TreeLike) -> TokenTree:
     """The tree itself, or that of `(prompt_ids, completions)`."""
     return Tree(prompt_ids=tree[0], completions=tree[1]) if isinstance(tree, tuple) else tree
+
+
+def with_completions(tree: TokenTree, which: slice) -> Tree:
+    """The tree with some of its completions, and what belongs to them."""
+
+    def some(name: str) -> Any:
+        values = getattr(tree, name, None)
+        return None if values is None else values[which]
+
+    return Tree(
+        prompt_ids=tree.prompt_ids,
+        completions=tree.completions[which],
+        origin=getattr(tree, "origin", None),
+        **{name: some(name) for name in OF_COMPLETIONS},
+    )
 
 
 def tree_cost(tree: TreeLike, layout: str = "shared") -> int:

@@ -5,7 +5,7 @@ The budget is a memory knob: a step's gradient is the mean over the step's trees
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,14 +21,20 @@ class PreferenceBatch:
     trees: int
     idle: int = 0
     """Forests without weight that are run beside them, because another rank has so many more."""
+    mismatched: PreferenceBatch | None = None
+    """Completions behind prompts of other rows, for a method that compares with them."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The same batch on another device."""
-        return replace(self, forests=tuple(forest.to(device, non_blocking) for forest in self.forests))
+        return self._map(lambda forest: forest.to(device, non_blocking))
 
     def pin_memory(self) -> PreferenceBatch:
         """The same batch in page-locked host memory."""
-        return replace(self, forests=tuple(forest.pin_memory() for forest in self.forests))
+        return self._map(lambda forest: forest.pin_memory())
+
+    def _map(self, change: Callable[[PreferenceForest], PreferenceForest]) -> PreferenceBatch:
+        beside = None if self.mismatched is None else self.mismatched._map(change)
+        return replace(self, forests=tuple(map(change, self.forests)), mismatched=beside)
 
 
 def pack_trees(

@@ -167,8 +167,10 @@ def _prepared(config: CacheConfig, say: Say, verb: str) -> PreparedRun:
     if not config.model:
         raise ConfigError(f"cache {verb} needs model and data, as dpo-engine train does")
     prepared = prepare_run(config, say, trains=False)
-    if not prepared.trainer.method.needs_reference:
-        raise ConfigError(f"the method {config.method} needs no reference; expected one that does, such as dpo")
+    method = prepared.trainer.method
+    if not method.known_beforehand:
+        why = "needs no reference" if not method.needs_reference else "has a reference that cannot be known beforehand"
+        raise ConfigError(f"the method {config.method} {why}; expected one whose reference stays as it is, such as dpo")
     return prepared
 
 

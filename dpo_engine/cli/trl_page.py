@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dpo_engine.losses import LOSSES
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.run import TrainConfig
 from dpo_engine.train.trl_names import (
@@ -74,10 +73,8 @@ def _losses() -> Iterable[tuple[str, ...]]:
     for name, entry in LOSS_TYPES.items():
         if not entry.method:
             what = f"refused; nearest: `{entry.nearest}`"
-        elif entry.method in LOSSES:
-            what = f"`{entry.method}`"
         else:
-            what = f"`{entry.method}`, not built yet; nearest: `{entry.nearest}`"
+            what = f"`{entry.method}`"
         yield f"`{name}`", what, entry.note
 
 

@@ -3,11 +3,16 @@
     reading.py      a file, a hub id or a list  -> rows with the place they came from (origin)
     strict_json.py  text -> a JSON value, refusing what json.loads lets through
     formats.py      rows -> preference rows: which columns mean what
+    shapes.py       what one understood arrangement of columns is
+    unpaired.py     completions with a label each
+    ranked.py       lists of completions that numbers put in order
     templates.py    preference row -> prompt text and completion texts
     tokenizing.py   texts -> token ids, with an exact boundary and a scored end token
     truncation.py   token ids -> token ids that fit max_length
+    repeats.py      lists without the completions that say the same
     pairs.py        all of it in order, and the report that accounts for every row
     streaming.py    the same, a few rows at a time
+    mismatched.py   another prompt's completion for each tree
     inspection.py   what training on the trees will compute, from their lengths
     token_view.py   the characters of each token
     records.py      the plain types that pass between them

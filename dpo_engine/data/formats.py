@@ -1,28 +1,37 @@
 """What do the columns of a data set mean?
 
-Each understood shape is one `Shape`: the columns it needs, a test on one row, and a function from a row to a pair.
-The shape is detected once, from the first rows; after that every row must have it.
+Each understood arrangement of columns is one `Shape` (shapes.py): those of pairs are below, those of labelled completions in
+unpaired.py, those of ranked lists in ranked.py. The shape is detected once, from the first rows; after that every row must
+have it.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_engine.data import unpaired
 from dpo_engine.data.messages import completion_messages, read_messages, transcript_messages, with_system
-from dpo_engine.data.records import BadRow, Message, PreferenceRow, SourceRow, UnusableRow
-from dpo_engine.errors import DataError
+from dpo_engine.data.ranked import UNDERSTOOD as RANKED_LISTS
+from dpo_engine.data.ranked import ranked_shape
+from dpo_engine.data.records import KINDS, BadRow, Message, PreferenceRow, SourceRow, Text, UnusableRow
+from dpo_engine.data.repeats import distinct
+from dpo_engine.data.shapes import Answers, Shape, instruction_text, kind_of_value, text_in
+from dpo_engine.errors import ConfigError, DataError
 
 SAMPLE_ROWS = 100
 """How many rows vote on the shape, so that one odd first row does not decide."""
 
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
-"""What a row may bring of its reference: sums over scored tokens, in nats."""
+"""What a pair may bring of its reference: sums over scored tokens, in nats."""
 TRL_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """TRL's names for the same."""
+
+IDENTICAL = "identical completions"
+NO_PREFERENCE = "no preference among completions"
+"""A list of one completion, or of which all tie."""
 
 _NOT_SUPPORTED = {
     "tools": "tool definitions are not supported yet",
@@ -30,35 +39,13 @@ _NOT_SUPPORTED = {
     "image": "the engine trains language models on text alone",
     "images": "the engine trains language models on text alone",
 }
+_INFINITY = float("inf")
 
-Text = str | list[Message]
 Pair = tuple[Text, Text, Text]
 """Prompt, chosen, rejected."""
 
-_KINDS = {str: "text", list: "list", dict: "object", bool: "true or false", int: "number", float: "number"} | {
-    type(None): "null"
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One understood arrangement of columns."""
-
-    name: str
-    needs: tuple[str, ...]
-    """Columns every row must have."""
-    optional: tuple[str, ...] = ()
-    """Columns that are read when they are there."""
-    matches: Callable[[Mapping[str, Any]], bool]
-    """Does a row that has the needed columns also have the right kinds of values?"""
-    convert: Callable[[Mapping[str, Any]], Pair] | None
-    """Row -> pair; raises `BadRow` or `UnusableRow`. None: the rows are not pairs."""
-    plain_separator: str = ""
-    """What stands between prompt and completion without a chat template."""
-    continues: bool = False
-    """Completions go on with the prompt's own text, which is put in no chat template unless that is asked for."""
-    transcript: bool = False
-    """Texts are HH-RLHF transcripts, which are parsed into messages when there is a chat template."""
+_TAKES = {"pairs": ("pairs", "ranked"), "unpaired": ("unpaired", "pairs"), "ranked": ("ranked", "pairs")}
+"""What a method trains on -> the kinds of rows it can be given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +59,9 @@ class DataFormat:
     """The columns that are not."""
 
     @property
-    def is_paired(self) -> bool:
-        """Whether each row holds a chosen and a rejected completion."""
-        return self.shape.convert is not None
+    def kind(self) -> str:
+        """What each row is, one of `KINDS`."""
+        return self.shape.kind
 
     def __str__(self) -> str:
         ignored = f" (ignored: {', '.join(self.ignored)})" if self.ignored else ""
@@ -94,15 +81,14 @@ def detect_format(rows: Iterable[Mapping[str, Any]]) -> DataFormat:
         DataError: No row has a shape that is understood; the message lists the columns found and the shapes.
     """
     rows = list(rows)
-    votes = Counter(shape.name for row in rows if (shape := _shape_of(row)))
+    votes = Counter(shape for row in rows if (shape := _shape_of(row)))
     if not votes:
         found, expected = _columns_found(rows), _shapes_understood()
         raise DataError(f"the columns are not understood: found {found}; expected one of: {expected}")
-    name = votes.most_common(1)[0][0]
-    shape = next(shape for shape in SHAPES if shape.name == name)
+    shape = votes.most_common(1)[0][0]
     present = dict.fromkeys(column for row in rows for column in row)
     known = sorted((*shape.needs, *shape.optional), key=lambda column: column in _PAIR)  # the pair last
-    if shape.convert is not None:
+    if shape.kind == "pairs":
         known += [*REFERENCE_COLUMNS, *TRL_REFERENCE_COLUMNS]
     return DataFormat(
         shape=shape,
@@ -111,25 +97,37 @@ def detect_format(rows: Iterable[Mapping[str, Any]]) -> DataFormat:
     )
 
 
-def require_pairs(data_format: DataFormat, source: str, method: str) -> None:
-    """Refuses unpaired rows for a method that compares two completions.
+def require_kind(data_format: DataFormat, source: str, method: str, kind: str) -> None:
+    """Refuses rows that a method cannot train on.
 
     Raises:
-        DataError: The rows have one completion and a label each.
+        ConfigError: `kind` is not one of `KINDS`.
+        DataError: The rows are labelled one by one and the method compares, or they are lists and the method needs labels.
     """
-    if not data_format.is_paired:
+    if kind not in KINDS:
+        raise ConfigError(f"kind={kind!r} is not known; expected one of {', '.join(KINDS)}")
+    if data_format.kind in _TAKES[kind]:
+        return
+    if kind == "unpaired":
         raise DataError(
-            f"{source} holds {data_format}: one completion and a label a row, but method {method!r} needs pairs; "
-            "give data with a chosen and a rejected completion for each prompt"
+            f"{source} holds {data_format}: a ranked list a row, but method {method!r} needs completions that are labelled "
+            "desirable or not; give one completion and its label a row (where a number becomes a good one is yours to say), or "
+            "take a method that compares (dpo, plackett_luce, ...)"
         )
+    wanted = "ranked lists, or pairs" if kind == "ranked" else "pairs"
+    raise DataError(
+        f"{source} holds {data_format}: one completion and a label a row, but method {method!r} needs {wanted}; "
+        "set method: kto, which trains on such rows, or give data with a chosen and a rejected completion for each prompt"
+    )
 
 
-def preference_row(data_format: DataFormat, row: SourceRow) -> PreferenceRow:
-    """Reads one row in the detected shape.
+def preference_row(data_format: DataFormat, row: SourceRow, kind: str = "pairs") -> PreferenceRow:
+    """Reads one row in the detected shape, as what `kind` needs.
 
     Raises:
         BadRow: A column is missing or holds the wrong type.
-        UnusableRow: "prompts differ", "empty prompt", "empty completion" or "identical completions".
+        UnusableRow: "prompts differ", "empty prompt", "empty completion", "identical completions" or "no preference among
+            completions".
     """
     shape, columns = data_format.shape, row.columns
     if columns is None:
@@ -140,17 +138,37 @@ def preference_row(data_format: DataFormat, row: SourceRow) -> PreferenceRow:
     for column, why in _NOT_SUPPORTED.items():
         if columns.get(column):
             raise BadRow(f"column {column!r} is not empty, and {why}")
-    if shape.convert is None:
-        raise BadRow("is not a pair")
-    prompt, chosen, rejected = shape.convert(columns)
+    answers = shape.convert(columns)
+    _check_answers(answers)
+    desirable, ranks = answers.desirable, answers.ranks
+    if shape.kind == "pairs" and kind == "unpaired":
+        desirable = (True, False)
+    if shape.kind == "pairs" and kind == "ranked":
+        ranks = (0, 1)
+    return PreferenceRow(
+        prompt=answers.prompt,
+        completions=answers.completions,
+        origin=row.origin,
+        desirable=desirable,
+        ranks=ranks,
+        reference_logps=_reference_logps(columns) if shape.kind == "pairs" else None,
+    )
+
+
+def _check_answers(answers: Answers) -> None:
+    """Raises `UnusableRow` for a row that teaches nothing."""
+    prompt, completions, ranks = answers.prompt, answers.completions, answers.ranks
     if isinstance(prompt, list) and not prompt:
         raise UnusableRow("empty prompt")
-    if not completion_text(chosen).strip() or not completion_text(rejected).strip():
+    if ranks is not None and len(set(ranks)) < 2:
+        raise UnusableRow(NO_PREFERENCE)
+    if not all(completion_text(completion).strip() for completion in completions):
         raise UnusableRow("empty completion")
-    if chosen == rejected:
-        raise UnusableRow("identical completions")
-    reference = _reference_logps(columns)
-    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, origin=row.origin, reference_logps=reference)
+    kept = distinct(completions)
+    if len(completions) > 1 and len(kept) < 2:
+        raise UnusableRow(IDENTICAL)
+    if ranks is not None and len({ranks[index] for index in kept}) < 2:
+        raise UnusableRow(NO_PREFERENCE)
 
 
 def _reference_logps(row: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -173,7 +191,7 @@ def _reference_logps(row: Mapping[str, Any]) -> tuple[float, float] | None:
             raise BadRow(f"column {other!r} is there without {column!r}; expected both, or none")
     for column, value in zip(columns, values, strict=True):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is None or not is_number or not math.isfinite(value) or value > 0:
+        if value is None or not is_number or not -_INFINITY < value <= 0:
             raise BadRow(f"column {column!r} must be a finite log-prob of at most 0, or null in both, found {value!r}")
     return float(values[0]), float(values[1])  # type: ignore[arg-type]
 
@@ -195,7 +213,7 @@ def as_messages(row: PreferenceRow, transcript: bool) -> tuple[list[Message], li
     if isinstance(prompt, str):
         prompt = transcript_messages(prompt) if transcript else [{"role": "user", "content": prompt}]
     completions = []
-    for completion in (row.chosen, row.rejected):
+    for completion in row.completions:
         if isinstance(completion, str):
             # the space after "Assistant:" is the transcript's, not the answer's
             completion = [{"role": "assistant", "content": completion.strip() if transcript else completion}]
@@ -204,40 +222,26 @@ def as_messages(row: PreferenceRow, transcript: bool) -> tuple[list[Message], li
 
 
 def _shape_of(row: Mapping[str, Any]) -> Shape | None:
-    return next((s for s in SHAPES if all(column in row for column in s.needs) and s.matches(row)), None)
+    known = next((s for s in SHAPES if all(column in row for column in s.needs) and s.matches(row)), None)
+    return known or ranked_shape(row)
 
 
 def _columns_found(rows: list[Mapping[str, Any]]) -> str:
-    kinds = {column: _kind(value) for row in reversed(rows) for column, value in row.items()}
+    kinds = {column: kind_of_value(value) for row in reversed(rows) for column, value in row.items()}
     return ", ".join(f"{column} ({kind})" for column, kind in kinds.items()) or "none"
 
 
 def _shapes_understood() -> str:
-    return "; ".join(f"{shape.name} ({', '.join(shape.needs)})" for shape in SHAPES if shape.convert)
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), type(value).__name__)
-
-
-def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise BadRow(f"column {column!r} must be text, found {_kind(value)}")
-    return value
+    shapes = [f"{shape.name} ({', '.join(shape.needs)})" for shape in SHAPES if unpaired.LABELS[1] not in shape.needs]
+    return "; ".join([*shapes, RANKED_LISTS])
 
 
 def _text_pair(row: Mapping[str, Any]) -> Pair:
-    return with_system(row, _text(row, "prompt")), _text(row, "chosen"), _text(row, "rejected")
+    return with_system(row, text_in(row, "prompt")), text_in(row, "chosen"), text_in(row, "rejected")
 
 
 def _instruction_pair(row: Mapping[str, Any]) -> Pair:
-    prompt, extra = _text(row, "instruction"), row.get("input")
-    if extra is not None and not isinstance(extra, str):
-        raise BadRow(f"column 'input' must be text, found {_kind(extra)}")
-    if extra:
-        prompt = f"{prompt}\n{extra}"
-    return with_system(row, prompt), _text(row, "chosen"), _text(row, "rejected")
+    return with_system(row, instruction_text(row)), text_in(row, "chosen"), text_in(row, "rejected")
 
 
 def _conversation_pair(column: str) -> Callable[[Mapping[str, Any]], Pair]:
@@ -301,7 +305,7 @@ def _transcript_pair(row: Mapping[str, Any]) -> Pair:
     """Two HH-RLHF transcripts, cut after their last "Assistant:"."""
     halves = []
     for column in ("chosen", "rejected"):
-        head, found, completion = _text(row, column).rpartition(_MARKER)
+        head, found, completion = text_in(row, column).rpartition(_MARKER)
         if not found:
             raise BadRow(f"there is no 'prompt', and column {column!r} has no '\\n\\nAssistant:' as transcripts do")
         halves.append((head + found, completion))
@@ -315,7 +319,7 @@ def _transcript_pair(row: Mapping[str, Any]) -> Pair:
 
 def _shared_text_pair(row: Mapping[str, Any]) -> Pair:
     """Two texts that begin alike: the prompt is what they share, without a space at its end."""
-    chosen, rejected = (_text(row, column) for column in _PAIR)
+    chosen, rejected = (text_in(row, column) for column in _PAIR)
     differ = (at for at, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     shared = next(differ, min(len(chosen), len(rejected)))
     if chosen[:shared].endswith(" "):
@@ -337,43 +341,49 @@ def _any_messages(*columns: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda row: any(isinstance(row[column], list | dict) for column in columns)
 
 
-def _labelled(row: Mapping[str, Any]) -> bool:
-    return isinstance(row["label"], bool)
+def _pairs(*, convert: Callable[[Mapping[str, Any]], Pair], **fields: Any) -> Shape:
+    """A shape whose rows are a prompt, a chosen and a rejected completion."""
+
+    def answers(row: Mapping[str, Any]) -> Answers:
+        prompt, chosen, rejected = convert(row)
+        return Answers(prompt=prompt, completions=(chosen, rejected))
+
+    return Shape(kind="pairs", convert=answers, **fields)
 
 
 _PAIR = ("chosen", "rejected")
 _MARKER = "\n\nAssistant:"
 
 SHAPES = (
-    Shape(
+    _pairs(
         name="text pairs",
         needs=("prompt", *_PAIR),
         optional=("system",),
         matches=_all_text("prompt", *_PAIR),
         convert=_text_pair,
     ),
-    Shape(
+    _pairs(
         name="chat pairs",
         needs=("prompt", *_PAIR),
         optional=("system",),
         matches=_any_messages("prompt", *_PAIR),
         convert=_chat_pair,
     ),
-    Shape(
+    _pairs(
         name="ShareGPT pairs",
         needs=("conversations", *_PAIR),
         optional=("system",),
         matches=_any_messages("conversations"),
         convert=_conversation_pair("conversations"),
     ),
-    Shape(
+    _pairs(
         name="chat pairs with messages",
         needs=("messages", *_PAIR),
         optional=("system",),
         matches=_any_messages("messages"),
         convert=_conversation_pair("messages"),
     ),
-    Shape(
+    _pairs(
         name="instruction pairs",
         needs=("instruction", *_PAIR),
         optional=("input", "system"),
@@ -381,29 +391,27 @@ SHAPES = (
         convert=_instruction_pair,
         plain_separator="\n",  # an instruction is a sentence, and the answer begins another
     ),
-    Shape(
+    _pairs(
         name="HH-RLHF transcripts",
         needs=_PAIR,
         matches=_are_transcripts,
         convert=_transcript_pair,
         transcript=True,
     ),
-    Shape(
+    _pairs(
         name="texts that begin alike",
         needs=_PAIR,
         matches=_all_text(*_PAIR),
         convert=_shared_text_pair,
         continues=True,
     ),
-    Shape(
+    _pairs(
         name="full conversations",
         needs=_PAIR,
         optional=("system",),
         matches=lambda row: all(isinstance(row[column], list) for column in _PAIR),
         convert=_full_conversations,
     ),
-    Shape(name="unpaired messages", needs=("messages", "label"), matches=_labelled, convert=None),
-    Shape(name="unpaired conversations", needs=("conversations", "label"), matches=_labelled, convert=None),
-    Shape(name="unpaired completions", needs=("prompt", "completion", "label"), matches=_labelled, convert=None),
+    *unpaired.SHAPES,
 )
-"""In the order they are tried: a shape with more columns comes before one with fewer."""
+"""In the order they are tried: a shape with more columns comes before one with fewer, and ranked lists after all of them."""

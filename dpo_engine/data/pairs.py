@@ -1,4 +1,4 @@
-"""How does a data source become pairs ready to train on, with every row accounted for?
+"""How does a data source become trees ready to train on, with every row accounted for?
 
 `check_source` reads files, columns and rows, needs neither model nor tokenizer, and gives a `PairSource`.
 `load_pairs` goes on to token ids that fit max_length, and gives the `PairData` to train on.
@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_engine.data.formats import SAMPLE_ROWS, DataFormat, detect_format, preference_row, require_pairs
+from dpo_engine.data.formats import (
+    IDENTICAL,
+    NO_PREFERENCE,
+    SAMPLE_ROWS,
+    DataFormat,
+    detect_format,
+    preference_row,
+    require_kind,
+)
 from dpo_engine.data.reading import read_rows, rows_in_memory
 from dpo_engine.data.records import (
     BadRow,
@@ -26,6 +34,7 @@ from dpo_engine.data.records import (
     UnusableRow,
     describe_reason,
 )
+from dpo_engine.data.repeats import repeated, without
 from dpo_engine.data.templates import (
     ChatRenderer,
     PlainRenderer,
@@ -45,14 +54,17 @@ MAX_UNUSABLE_SHARE = 0.05
 """Above this share of unusable rows the data is taken for broken, or for misread."""
 
 UNPARSED = "could not be parsed"
-UNUSABLE = ("prompts differ", "empty prompt", "empty completion", "nothing to score", "identical completions")
-"""Reasons that count towards `MAX_UNUSABLE_SHARE`; truncation and rows skipped on request do not."""
+UNUSABLE = ("prompts differ", "empty prompt", "empty completion", "nothing to score", IDENTICAL)
+"""Reasons that count towards `MAX_UNUSABLE_SHARE`; truncation, ties and rows skipped on request do not."""
 NO_PROMPT = "empty prompt and no BOS token"
 _NO_PROMPT = "the prompt is empty, and the tokenizer has no BOS token from which a first token could be predicted"
 REFUSED = "refused by the chat template"
 IDENTICAL_AFTER_CUT = "identical after truncation"
 BEYOND_LIMIT = "beyond limit"
 CUT_SUMS = "cut to max_length, so the reference log-probs that they bring, of the whole row, are not used but computed"
+REPEATED = "a completion that stands in the list more than once is taken once, with the best of its numbers"
+ALIKE_AFTER_CUT = "completions that are alike when cut to length are taken once, with the best of their numbers"
+BOTH_JUDGED = "pairs are taken as one desirable and one undesirable completion each"
 MERGED = "the tokenizer merges across the end of the prompt (or of a turn), so what follows is tokenised on its own"
 _BATCH = 512
 
@@ -65,6 +77,8 @@ class PairSource:
     report: DataReport
     """What is known so far; `rows_used` counts the rows in `rows`."""
     format: DataFormat
+    kind: str = "pairs"
+    """What the rows were read as, one of `KINDS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +100,12 @@ class ReadingOptions:
 
 
 def check_source(
-    source: str | Path, *, split: str = "train", skip_bad_rows: bool = False, method: str = "dpo"
+    source: str | Path,
+    *,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    method: str = "dpo",
+    kind: str = "pairs",
 ) -> PairSource:
     """Reads a source and says all that can be said without a tokenizer.
 
@@ -94,16 +113,19 @@ def check_source(
         source: A .jsonl, .json, .csv (also .gz) or .parquet file, or a hub dataset id.
         split: Which split of a hub dataset.
         skip_bad_rows: Leave out and count rows that cannot be parsed, instead of stopping at the first.
-        method: The method that will use the pairs, for the message that refuses unpaired data.
+        method: The method that will use the rows, for the message that refuses what it cannot train on.
+        kind: What the method trains on: "pairs" (ranked lists are taken too), "unpaired" completions with a label (of a pair
+            the chosen one is desirable and the rejected one not) or "ranked" lists (a pair is a list of two).
 
     Returns:
         The usable rows, for `load_pairs`.
 
     Raises:
+        ConfigError: `kind` is not one of these.
         DataError: The source is missing, empty or not understood; a row cannot be parsed ("file:line: reason"); the
-            rows are unpaired; or more than 5 % of the rows are unusable.
+            rows are not of the kind; or more than 5 % of the rows are unusable.
     """
-    return _understood(read_rows(source, split=split), str(source), skip_bad_rows, method)
+    return _understood(read_rows(source, split=split), str(source), skip_bad_rows, method, kind)
 
 
 def load_pairs(
@@ -117,10 +139,11 @@ def load_pairs(
     limit: int | None = None,
     chat_template: str | bool = "auto",
     method: str = "dpo",
+    kind: str = "pairs",
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
 ) -> PairData:
-    """Reads a source and tokenises it.
+    """Reads a source of pairs, labelled completions or ranked lists and tokenises it, one tree a row.
 
     Args:
         source: As for `check_source`, or what `check_source` returned.
@@ -129,9 +152,9 @@ def load_pairs(
         truncation: What to do beyond it: "keep_start", "keep_end", "drop" or "error" (see truncation.py).
         skip_bad_rows: Leave out and count rows that cannot be parsed or that the chat template refuses.
         split: Which split of a hub dataset.
-        limit: Keep only the first so many usable pairs, and do not look at the rows after them.
+        limit: Keep only the first so many usable rows, and do not look at those after them.
         chat_template: "auto" (if the tokenizer has one), "on" or "off".
-        method: The method that will use the pairs.
+        method, kind: As for `check_source`; what it returned is of a kind already.
         max_prompt_length: Tokens of a prompt, which loses its beginning beyond it; before `max_length`.
         max_completion_length: Tokens of a completion, which loses its end beyond it; before `max_length`.
 
@@ -139,7 +162,7 @@ def load_pairs(
         The trees, their rows and the report.
 
     Raises:
-        ConfigError: An option is out of range.
+        ConfigError: An option is out of range, or `check_source` read the rows as another kind.
         DataError: As for `check_source`; a row is too long with "error"; the template cannot be used; no row is left.
     """
     options = ReadingOptions(
@@ -153,7 +176,9 @@ def load_pairs(
     )
     options.check(tokenizer)
     if not isinstance(source, PairSource):
-        source = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method)
+        source = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method, kind=kind)
+    elif kind not in ("pairs", source.kind):
+        raise ConfigError(f"kind={kind!r}, but check_source read the rows as {source.kind!r}; give it the same kind")
     data = Loading(source, tokenizer, options).run()
     check_usable(data.report)
     return data
@@ -170,6 +195,7 @@ def load_row(
     chat_template: str | bool = "auto",
     skip_bad_rows: bool = False,
     method: str = "dpo",
+    kind: str = "pairs",
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
 ) -> TokenizedTree:
@@ -177,8 +203,8 @@ def load_row(
 
     Args:
         number: The row's number in messages about it: of a .jsonl file the line, else the row, from 1.
-        source, tokenizer, max_length, truncation, split, chat_template, skip_bad_rows, method, max_prompt_length,
-            max_completion_length: As for `load_pairs`.
+        source, tokenizer, max_length, truncation, split, chat_template, skip_bad_rows, method, kind,
+            max_prompt_length, max_completion_length: As for `load_pairs`.
 
     Raises:
         ConfigError, DataError: As for `load_pairs`; there is no such row, or it is left out (the message says why).
@@ -193,7 +219,7 @@ def load_row(
         max_completion_length=max_completion_length,
     )
     options.check(tokenizer)
-    found = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method)
+    found = check_source(source, split=split, skip_bad_rows=skip_bad_rows, method=method, kind=kind)
     rows = [row for row in found.rows if _number(row.origin) == number]
     if not rows:
         raise DataError(_why_not_there(source, split, number, found.format))
@@ -232,17 +258,18 @@ def tokenize_pairs(
     limit: int | None = None,
     chat_template: str | bool = "auto",
     method: str = "dpo",
+    kind: str = "pairs",
     source: str | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
 ) -> PairData:
-    """Tokenises rows that are already in memory.
+    """Tokenises rows that are already in memory: pairs, labelled completions or ranked lists, one tree a row.
 
     Args:
         rows: A list of dicts or a `datasets.Dataset`, in any shape that files may have; or a `PairSource`.
         tokenizer: A transformers tokenizer.
-        max_length, truncation, skip_bad_rows, limit, chat_template, method, max_prompt_length, max_completion_length:
-            As for `load_pairs`.
+        max_length, truncation, skip_bad_rows, limit, chat_template, method, kind, max_prompt_length,
+            max_completion_length: As for `load_pairs`.
         source: What to call the rows in messages, such as "train_dataset".
 
     Returns:
@@ -252,7 +279,8 @@ def tokenize_pairs(
         As `load_pairs`.
     """
     if not isinstance(rows, PairSource):
-        rows = _understood(rows_in_memory(rows, source), source or "the data in memory", skip_bad_rows, method)
+        name = source or "the data in memory"
+        rows = _understood(rows_in_memory(rows, source), name, skip_bad_rows, method, kind)
     return load_pairs(
         rows,
         tokenizer,
@@ -262,24 +290,25 @@ def tokenize_pairs(
         limit=limit,
         chat_template=chat_template,
         method=method,
+        kind=kind,
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,
     )
 
 
-def _understood(rows: Iterator[SourceRow], source: str, skip_bad_rows: bool, method: str) -> PairSource:
+def _understood(rows: Iterator[SourceRow], source: str, skip_bad_rows: bool, method: str, kind: str) -> PairSource:
     report = DataReport(source=source, format="")
     parsed = readable_rows(rows, report, skip_bad_rows)
     sample = list(itertools.islice(parsed, SAMPLE_ROWS))
-    data_format = format_of(sample, report, method)
-    kept = list(preference_rows(itertools.chain(sample, parsed), data_format, report, skip_bad_rows))
+    data_format = format_of(sample, report, method, kind)
+    kept = list(preference_rows(itertools.chain(sample, parsed), data_format, report, skip_bad_rows, kind))
     report.rows_used = len(kept)
     check_usable(report)
-    return PairSource(rows=kept, report=report, format=data_format)
+    return PairSource(rows=kept, report=report, format=data_format, kind=kind)
 
 
-def format_of(sample: list[SourceRow], report: DataReport, method: str) -> DataFormat:
-    """The shape of a source's first rows, which must be pairs."""
+def format_of(sample: list[SourceRow], report: DataReport, method: str, kind: str) -> DataFormat:
+    """The shape of a source's first rows, which must be of a kind that the method can use."""
     source = report.source
     if not sample:
         if report.rows_left_out:
@@ -289,18 +318,20 @@ def format_of(sample: list[SourceRow], report: DataReport, method: str) -> DataF
         data_format = detect_format(row.columns for row in sample if row.columns is not None)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
-    require_pairs(data_format, source, method)
+    require_kind(data_format, source, method, kind)
     report.format = str(data_format)
+    if data_format.kind == "pairs" and kind == "unpaired":
+        report.notes.append(BOTH_JUDGED)
     return data_format
 
 
 def preference_rows(
-    rows: Iterable[SourceRow], data_format: DataFormat, report: DataReport, skip_bad_rows: bool
+    rows: Iterable[SourceRow], data_format: DataFormat, report: DataReport, skip_bad_rows: bool, kind: str
 ) -> Iterator[PreferenceRow]:
     """The rows that are usable as text; the report counts the others."""
     for row in rows:
         try:
-            yield preference_row(data_format, row)
+            yield preference_row(data_format, row, kind)
         except BadRow as error:
             skip_or_stop(report, row.origin, str(error), skip_bad_rows)
         except UnusableRow as error:
@@ -403,21 +434,40 @@ class Loading:
             completions=encoded.completions,
             origin=row.origin,
             scored=encoded.scored,
+            desirable=row.desirable,
+            ranks=row.ranks,
             reference_logps=row.reference_logps,
         )
+        several = len(row.completions) > 1
+        same = repeated(whole)
+        if same:
+            whole, row = without(whole, same), without(row, same)
+        reason = _nothing_compared(whole, several, IDENTICAL)
+        if reason:
+            report.leave_out(reason, row.origin)
+            return
         bounded = bound_tree(whole, options.max_prompt_length, options.max_completion_length)
         tree = bounded and truncate_tree(bounded, options.max_length, options.truncation)
         if tree is None:
             report.leave_out(LOST[options.truncation], row.origin)
             return
-        if _are_identical(tree):
-            report.leave_out(IDENTICAL_AFTER_CUT, row.origin)
+        was_cut = tree is not whole
+        alike = repeated(tree)
+        if alike:
+            tree, row = without(tree, alike), without(row, alike)
+        reason = _nothing_compared(tree, several, IDENTICAL_AFTER_CUT)
+        if reason:
+            report.leave_out(reason, row.origin)
             return
         self._data.trees.append(tree)
         self._data.rows.append(row)
-        report.truncated += tree is not whole
-        if tree is not whole and row.reference_logps is not None:
-            self._noted[CUT_SUMS] += 1
+        report.truncated += was_cut
+        found = {
+            CUT_SUMS: was_cut and row.reference_logps is not None,
+            REPEATED: bool(same),
+            ALIKE_AFTER_CUT: bool(alike),
+        }
+        self._noted.update(note for note, holds in found.items() if holds)
         self._noted.update(note for note, holds in self._notes(row, rendered, encoded) if holds)
 
     def _notes(self, row: PreferenceRow, rendered: RenderedTree, encoded: EncodedTree) -> Iterator[tuple[str, bool]]:
@@ -431,12 +481,11 @@ def _unusable(encoded: EncodedTree) -> str | None:
         return "empty completion"
     if encoded.scored and not all(map(any, encoded.scored)):
         return "nothing to score"
-    if _are_identical(encoded):
-        return "identical completions"
     return None
 
 
-def _are_identical(tree: EncodedTree | TokenizedTree) -> bool:
-    """Whether chosen and rejected are the same tokens, scored alike."""
-    chosen, rejected = tree.completions
-    return chosen == rejected and (tree.scored is None or tree.scored[0] == tree.scored[1])
+def _nothing_compared(tree: TokenizedTree, several: bool, reason: str) -> str | None:
+    """Why a tree without repetitions teaches nothing: `reason` where one completion is left of several, or all tie."""
+    if several and len(tree.completions) < 2:
+        return reason
+    return NO_PREFERENCE if tree.ranks is not None and len(set(tree.ranks)) < 2 else None

@@ -14,6 +14,12 @@ from typing import Any, overload
 Message = dict[str, str]
 """One chat message: {"role": ..., "content": ...}."""
 
+Text = str | list[Message]
+"""Plain text, or chat messages."""
+
+KINDS = ("pairs", "unpaired", "ranked")
+"""What a method trains on: pairs of a better and a worse completion, labelled completions, or ranked lists of them."""
+
 EXAMPLES_KEPT = 5
 """How many origins a report keeps for each reason."""
 
@@ -40,23 +46,36 @@ class SourceRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferenceRow:
-    """One usable pair, still text."""
+    """One usable row, still text: a pair, a completion with a label, or a ranked list."""
 
-    prompt: str | list[Message]
+    prompt: Text
     """Text, or chat messages up to the completion."""
-    chosen: str | list[Message]
-    """Text, or messages of which the first and the last are the assistant's."""
-    rejected: str | list[Message]
-    """As `chosen`."""
+    completions: tuple[Text, ...]
+    """Each text, or messages of which the first and the last are the assistant's. Of a pair the chosen one comes first, of a
+    ranked list the best."""
     origin: str
     """Where it came from, for messages."""
-    reference_logps: tuple[float, float] | None = None
-    """Sums over scored tokens under the reference that the row brings, chosen and rejected, in nats."""
+    desirable: tuple[bool, ...] | None = None
+    """Whether each completion is a good one, where they are judged one by one; None where they are compared."""
+    ranks: tuple[int, ...] | None = None
+    """Of a ranked list: from 0, ascending; equal ranks are a tie. None: no list."""
+    reference_logps: tuple[float, ...] | None = None
+    """Sums over scored tokens under the reference that the row brings, one a completion, in nats."""
+
+    @property
+    def chosen(self) -> Text:
+        """The first completion: of a pair the better one."""
+        return self.completions[0]
+
+    @property
+    def rejected(self) -> Text:
+        """The second completion: of a pair the worse one."""
+        return self.completions[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedTree:
-    """One prompt and its K completions as token ids; K = 2 means (chosen, rejected).
+    """One prompt and its K completions as token ids; of a pair the chosen one comes first, of a ranked list the best.
 
     The model is given `prompt_ids` and scored on the ids of each completion, its end token included.
     """
@@ -66,8 +85,14 @@ class TokenizedTree:
     origin: str
     scored: tuple[list[bool], ...] | None = None
     """Which ids of each completion are scored: of several turns the assistant's. None: all of them."""
-    reference_logps: tuple[float, float] | None = None
-    """Sums over scored tokens under the reference that the row brings, in nats."""
+    desirable: tuple[bool, ...] | None = None
+    """Whether each of the row's own completions is a good one, where they are judged one by one."""
+    ranks: tuple[int, ...] | None = None
+    """Of a ranked list: from 0, ascending; equal ranks are a tie."""
+    reference_logps: tuple[float, ...] | None = None
+    """Sums over scored tokens under the reference that the row brings, one a completion, in nats."""
+    mismatched: bool = False
+    """The last completion is another prompt's, for a baseline."""
 
     @property
     def scored_masks(self) -> tuple[list[bool], ...]:
@@ -132,7 +157,7 @@ class PairData(Sequence[TokenizedTree]):
 
     trees: list[TokenizedTree]
     rows: list[PreferenceRow]
-    """`rows[i]` is the text of `trees[i]`, as it was read."""
+    """`rows[i]` is the text of `trees[i]`, as it was read (of a list, the completions that the tree has)."""
     report: DataReport
 
     def __len__(self) -> int:

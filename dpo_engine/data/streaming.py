@@ -42,7 +42,8 @@ class PairStream(IterableDataset):
         rows: an iterable of dicts, such as a `datasets.IterableDataset`.
         tokenizer: a transformers tokenizer.
         source: what to call the rows in messages.
-        max_length, truncation, skip_bad_rows, chat_template, method, max_prompt_length, max_completion_length: as for `load_pairs`.
+        max_length, truncation, skip_bad_rows, chat_template, method, kind, max_prompt_length, max_completion_length: as for
+            `load_pairs`.
 
     Raises:
         ConfigError: an option is out of range.
@@ -60,6 +61,7 @@ class PairStream(IterableDataset):
         skip_bad_rows: bool = False,
         chat_template: str | bool = "auto",
         method: str = "dpo",
+        kind: str = "pairs",
         max_prompt_length: int | None = None,
         max_completion_length: int | None = None,
     ) -> None:
@@ -73,7 +75,8 @@ class PairStream(IterableDataset):
             max_completion_length=max_completion_length,
         )
         self.options.check(tokenizer)
-        self.rows, self.tokenizer, self.source, self.method = rows, tokenizer, source, method
+        self.rows, self.tokenizer, self.source = rows, tokenizer, source
+        self.method, self.kind = method, kind
         self.report = DataReport(source=source, format="")
         """The account of the pass that is under way."""
         self._was_read = False
@@ -100,11 +103,12 @@ class PairStream(IterableDataset):
         if self._was_read and not report.rows_read:
             return
         self._was_read = True
-        data_format = format_of(sample, report, self.method)
-        pairs = preference_rows(itertools.chain(sample, parsed), data_format, report, skips)
+        data_format = format_of(sample, report, self.method, self.kind)
+        usable = preference_rows(itertools.chain(sample, parsed), data_format, report, skips, self.kind)
         judged = 0
-        while some := list(itertools.islice(pairs, _ROWS_AT_ONCE)):
-            source = PairSource(rows=some, report=DataReport(source=self.source, format=""), format=data_format)
+        while some := list(itertools.islice(usable, _ROWS_AT_ONCE)):
+            part = DataReport(source=self.source, format="")
+            source = PairSource(rows=some, report=part, format=data_format, kind=self.kind)
             data = Loading(source, self.tokenizer, self.options).run()
             report.add(data.report)
             yield from data.trees

@@ -72,13 +72,13 @@ class PlainRenderer:
 
     def render(self, row: PreferenceRow) -> RenderedTree:
         """Raises `DataError` for chat messages, which have no text without a template."""
-        if not (isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str)):
+        texts = [text for text in row.completions if isinstance(text, str)]
+        if not isinstance(row.prompt, str) or len(texts) < len(row.completions):
             raise DataError(
                 f"{row.origin}: the data holds chat messages (or a system text), but no chat template is in use: "
-                "take a tokenizer that has one (chat_template: auto), or give prompt, chosen and rejected as text"
+                "take a tokenizer that has one (chat_template: auto), or give the prompt and its completions as text"
             )
-        completions = (((row.chosen, True),), ((row.rejected, True),))
-        return RenderedTree(prompt=row.prompt + self._separator, completions=completions)
+        return RenderedTree(prompt=row.prompt + self._separator, completions=tuple(((text, True),) for text in texts))
 
 
 class ChatRenderer:
@@ -204,7 +204,7 @@ def marker_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def texts_of(row: PreferenceRow) -> str:
     """All text of a row that came from the data, to look for tokens that should only come from a template."""
     texts = []
-    for value in (row.prompt, row.chosen, row.rejected):
+    for value in (row.prompt, *row.completions):
         texts += [value] if isinstance(value, str) else [message["content"] for message in value]
     return "\n".join(texts)
 

@@ -66,11 +66,12 @@ def truncate_tree(tree: TokenizedTree, max_length: int | None, truncation: str) 
     scored = tree.scored and tuple(mask[:room] for mask in tree.scored)
     if scored and not all(map(any, scored)):
         return None
-    return TokenizedTree(
+    return replace(
+        tree,
         prompt_ids=tree.prompt_ids[cut:],
         completions=tuple(completion[:room] for completion in tree.completions),
-        origin=tree.origin,
         scored=scored,
+        reference_logps=None,
     )
 
 

@@ -21,8 +21,6 @@ from dpo_engine.ops.mean_logits import mean_logits
 
 # Liger's names of losses that the table has under another one.
 _LIGER_NAMES = {"sigmoid": "dpo", "bco_pair": "bco"}
-# What a loss's own parameter is where Liger's signature has none for it; every other one must be given.
-_DEFAULTS = {"ipo_reduction": "mean"}
 _DISCOPOP_TAU = 0.05
 
 
@@ -42,13 +40,13 @@ class FusedLinearDPOLoss(nn.Module):
             the prompt too, if the labels hold it.
         compiled, chunk_size: accepted and unused: nothing is compiled, and memory is a tile whatever the number of pairs.
         use_ref_model: whether a reference is compared with; without one its log-probs are 0. A loss that needs none
-            (`dpo_engine.losses.LOSSES`) takes none, whatever this says.
+            (`dpo_engine.losses.LOSSES`) takes none, whatever this says; a loss whose reference moves is given the one of now.
         average_log_prob: give the loss means over a sequence's scored tokens in place of sums.
         loss_type: a name of `dpo_engine.losses.LOSSES`, or Liger's "sigmoid" ("dpo") or "bco_pair" ("bco" with its
             baseline at 0). "bco" takes as its baseline the mean reward of the pairs in the call.
         label_smoothing, discopop_tau: parameters of losses that have them.
         logit_scale, softcap, backend: as for `linear_logps`; of the reference's head too.
-        parameters: other parameters of the loss, such as `ld_alpha` or `ipo_reduction`.
+        parameters: other parameters of the loss, such as `ld_alpha` or `ipo_reduction`; its own defaults where not given.
 
     Raises:
         ConfigError: an unknown loss, or a parameter that the loss does not have, or needs and was not given.
@@ -96,26 +94,24 @@ class FusedLinearDPOLoss(nn.Module):
     def _config(self, label_smoothing: float, discopop_tau: float, parameters: dict[str, Any]) -> SimpleNamespace:
         """What the loss reads its parameters from."""
         uses, name = self.method.uses, self.loss_type
-        if self.method.needs is not PairStats:
-            pairwise = sorted(key for key, method in LOSSES.items() if method.needs is PairStats)
-            raise ConfigError(f"loss_type={name!r} is no loss of pairs; expected one of {', '.join(pairwise)}")
-        given = {**_DEFAULTS, **parameters, "label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
-        is_given = {**parameters}
+        if self.method.needs is not PairStats or self.method.token_kl:
+            can = sorted(key for key, method in LOSSES.items() if method.needs is PairStats and not method.token_kl)
+            what = "is no loss of pairs" if self.method.needs is not PairStats else "needs whole distributions"
+            raise ConfigError(f"loss_type={name!r} {what}; expected one of {', '.join(can)}")
+        given = {**parameters}
         if label_smoothing != 0:
-            is_given["label_smoothing"] = label_smoothing
+            given["label_smoothing"] = label_smoothing
         if discopop_tau != _DISCOPOP_TAU:
-            is_given["discopop_tau"] = discopop_tau
-        for key, value in is_given.items():
+            given["discopop_tau"] = discopop_tau
+        for key, value in given.items():
             if key not in uses:
-                has = ", ".join(sorted(uses)) or "none beside beta"
+                has = ", ".join(sorted(uses - {"beta"})) or "none beside beta"
                 raise ConfigError(
                     f"{key}={value!r} is no parameter of loss_type={name!r}; expected one of its own: {has}"
                 )
-        if not 0 <= label_smoothing < 0.5:
-            raise ConfigError(f"label_smoothing={label_smoothing!r}; expected a number in [0, 0.5)")
-        if missing := sorted(uses - set(given)):
-            raise ConfigError(f"loss_type={name!r} came without {', '.join(missing)}; expected a value for it")
-        return SimpleNamespace(beta=self.beta, **given)
+        config = SimpleNamespace(beta=self.beta, **given)
+        self.method.check(config)
+        return config
 
     def forward(
         self,
@@ -155,24 +151,38 @@ class FusedLinearDPOLoss(nn.Module):
         self._check(_input, target, ref_input, ref_weight, ref_bias, ref_chosen_logps, ref_rejected_logps)
         pairs, scored = len(target) // 2, target != self.ignore_index
         options: dict[str, Any] = {"ignore_index": self.ignore_index, **self.head}
-        token_logps = linear_logps(_input, lin_weight, target, bias=bias, lora=lora, **options)
+        asked: Any = self.method.extras
+        found: Any = linear_logps(_input, lin_weight, target, bias=bias, lora=lora, extras=asked, **options)
+        token_logps, extras = found if asked else (found, None)
         lengths = scored.sum(-1)  # (2B,)
-        weights = self._token_weights(scored, lengths)
-        chosen, rejected = self._sequences(token_logps, lengths, weights).split(pairs)
-        reference: tuple[Tensor | None, ...] = (None, None)
-        if ref_chosen_logps is not None and ref_rejected_logps is not None:
-            halves = zip(
-                (ref_chosen_logps, ref_rejected_logps),
-                *(part.split(pairs) if part is not None else (None, None) for part in (scored, lengths, weights)),
+        chosen, rejected = self._sequences(token_logps, lengths).split(pairs)
+        fields: dict[str, Tensor] = {}
+        if extras is not None:
+            of_sequences = (token_logps.detach() - extras.log_sum_squares).sum(-1) / lengths
+            fields |= zip(("chosen_confidence", "rejected_confidence"), of_sequences.split(pairs), strict=True)
+        if self.method.public_part:
+            fields |= zip(
+                ("chosen_public_logps", "rejected_public_logps"),
+                self._public(token_logps, scored, lengths).split(pairs),
                 strict=True,
             )
+        reference: tuple[Tensor | None, ...] = (None, None)
+        if ref_chosen_logps is not None and ref_rejected_logps is not None:
+            halves = zip((ref_chosen_logps, ref_rejected_logps), scored.split(pairs), lengths.split(pairs), strict=True)
             reference = tuple(self._given(*half) for half in halves)
+            if self.method.public_part:
+                tokens = torch.cat([ref_chosen_logps, ref_rejected_logps]).detach()
+                fields |= _reference_public(self._public(tokens, scored, lengths), pairs)
         elif ref_input is not None and ref_weight is not None:
             with torch.no_grad():
                 ref_logps = linear_logps(ref_input, ref_weight, target, bias=ref_bias, **options)
-                reference = self._sequences(ref_logps, lengths, weights).split(pairs)
+                reference = self._sequences(ref_logps, lengths).split(pairs)
+                if self.method.public_part:
+                    fields |= _reference_public(self._public(ref_logps, scored, lengths), pairs)
         elif self.method.needs_reference:
             reference = chosen.new_zeros(pairs), chosen.new_zeros(pairs)
+            if self.method.public_part:
+                fields |= _reference_public(chosen.new_zeros(2 * pairs), pairs)
         counts = lengths.to(chosen.dtype) if not self.average_log_prob else torch.ones_like(lengths, dtype=chosen.dtype)
         stats = PairStats(
             chosen_logps=chosen,
@@ -182,6 +192,7 @@ class FusedLinearDPOLoss(nn.Module):
             chosen_lengths=counts[:pairs],  # of means, 1: they are not divided again
             rejected_lengths=counts[pairs:],
             baseline=chosen.new_zeros(()) if self.loss_type == "bco_pair" else None,
+            **fields,
         )
         loss, nll = self.method(stats, self.config).mean(), chosen.new_zeros(())
         if self.compute_nll_loss:
@@ -195,29 +206,27 @@ class FusedLinearDPOLoss(nn.Module):
             ]
         return loss, tuple(part.detach() for part in (chosen, rejected, *means, nll, *rewards))
 
-    def _sequences(self, token_logps: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
+    def _sequences(self, token_logps: Tensor, lengths: Tensor) -> Tensor:
         """(B,) what a loss is given of each sequence: a sum, or a mean."""
-        sums = (token_logps if weights is None else token_logps * weights).sum(-1)
+        sums = token_logps.sum(-1)
         return sums / lengths if self.average_log_prob else sums
 
-    def _given(self, logps: Tensor, scored: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
+    def _given(self, logps: Tensor, scored: Tensor, lengths: Tensor) -> Tensor:
         """(B,) of reference log-probs that were passed, of sequences or of tokens."""
         logps = logps.detach()
         if logps.ndim == 2:
-            return self._sequences(logps.masked_fill(~scored, 0.0), lengths, weights)
-        if weights is not None:
+            return self._sequences(logps.masked_fill(~scored, 0.0), lengths)
+        if self.method.public_part:
             raise ValueError(
                 f"loss_type={self.loss_type!r} weighs tokens; expected reference log-probs of tokens (B, T), not of sequences"
             )
         return logps
 
-    def _token_weights(self, scored: Tensor, lengths: Tensor) -> Tensor | None:
-        """(2B, T) what each token counts, for a loss that weighs them."""
-        if self.method.token_weights is None:
-            return None
-        places = (scored.cumsum(-1) - 1).flatten()
-        public = torch.minimum(*lengths.chunk(2)).repeat(2)[:, None].expand_as(scored).flatten()
-        return self.method.token_weights(places, public, self.config).view(scored.shape)
+    def _public(self, token_logps: Tensor, scored: Tensor, lengths: Tensor) -> Tensor:
+        """(2B,) the same of as many tokens of each sequence as the shorter one of its pair has."""
+        places = scored.cumsum(-1) - 1
+        public = torch.minimum(*lengths.chunk(2)).repeat(2)[:, None]
+        return self._sequences(token_logps.masked_fill(~scored | (places >= public), 0.0), lengths)
 
     def _logits_mean(
         self, hidden: Tensor, weight: Any, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None, half: int
@@ -263,3 +272,8 @@ class FusedLinearDPOLoss(nn.Module):
             raise ValueError(
                 f"ref_input is {tuple(ref_input.shape)}; expected {tuple(target.shape)} and its hidden size"
             )
+
+
+def _reference_public(public: Tensor, pairs: int) -> dict[str, Tensor]:
+    chosen, rejected = public.split(pairs)
+    return {"reference_chosen_public_logps": chosen, "reference_rejected_public_logps": rejected}

@@ -117,14 +117,62 @@ def starts_at_reference(model: nn.Module) -> bool:
     active = list(policy.active_adapters)
     if len(active) != 1:
         return False
-    mine, its = (
-        {name.replace(f".{of}", ".*"): parameter for name, parameter in model.named_parameters() if _is_of(name, of)}
-        for of in (active[0], REFERENCE)
-    )
+    mine, its = _adapter_parameters(model, active[0]), _adapter_parameters(model, REFERENCE)
     alike = mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
     configs = policy.peft_config
     scales = [[getattr(configs[of], key) for key in ("r", "lora_alpha", "use_rslora")] for of in (active[0], REFERENCE)]
     return alike and scales[0] == scales[1]
+
+
+def add_reference_adapter(model: nn.Module) -> None:
+    """Put a frozen copy of the adapter that trains beside it, named "reference", unless there is one.
+
+    Raises:
+        ConfigError: several adapters are active, or the one that is changed the model's own weights when it began.
+    """
+    if has_reference_adapter(model):
+        return
+    policy: Any = model
+    active = list(policy.active_adapters)
+    if len(active) != 1:
+        raise ConfigError(
+            f"the adapters {', '.join(active) or '(none)'} are active; expected one, of which the reference is a copy"
+        )
+    config = copy.deepcopy(policy.peft_config[active[0]])
+    if getattr(config, "init_lora_weights", None) not in (True, False, "gaussian"):
+        raise ConfigError(
+            f"the adapter began by changing the model's own weights ({config.init_lora_weights=}), which a second "
+            "one beside it would do again; expected one that began at zero"
+        )
+    policy.add_adapter(REFERENCE, config)
+    with torch.no_grad():
+        for mine, its in twin_parameters(policy).values():
+            its.data = mine.detach().clone()  # its dtype and device too
+    policy.set_adapter(active[0])
+    freeze_reference_adapter(policy)
+
+
+def twin_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The parameters of the adapter that trains, each with that of the adapter named "reference".
+
+    Raises:
+        ConfigError: the two are not built alike.
+    """
+    policy: Any = model
+    [active] = policy.active_adapters
+    mine, its = _adapter_parameters(model, active), _adapter_parameters(model, REFERENCE)
+    if {name: p.shape for name, p in mine.items()} != {name: p.shape for name, p in its.items()}:
+        raise ConfigError(f"the adapters {active!r} and {REFERENCE!r} are not built alike; expected a copy")
+    return {name: (mine[name], its[name]) for name in mine}
+
+
+def _adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """By name, a star in the place of the adapter's own."""
+    return {
+        name.replace(f".{adapter}", ".*"): parameter
+        for name, parameter in model.named_parameters()
+        if _is_of(name, adapter)
+    }
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from dpo_engine.model.forest_attention import forest_form, over_forest
 from dpo_engine.model.forest_mask import forest_mask
 from dpo_engine.model.head import ModelHead, called_through, head_of, modules_to_call, read_head_transform
 from dpo_engine.model.rope import forget_longer_rows, has_dynamic_rope
-from dpo_engine.ops import TokenExtras, linear_logps
+from dpo_engine.ops import TokenExtras, TokenKL, linear_kl, linear_logps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +65,14 @@ class ScoredTokens(ModelOutput):
 
     token_logps: Tensor | None = None
     """(N,) float32, log-prob of each scored token; natural logarithm."""
+    log_sum_squares: Tensor | None = None
+    """(N,) float32, `log sum_v p_v**2` there, without gradient, if it was asked for."""
+    reference_token_logps: Tensor | None = None
+    """(N,) float32, if the reference's rows were given."""
+    token_kl: Tensor | None = None
+    """(N,) float32, KL(reference || policy) there, likewise."""
+    rows: Tensor | None = None
+    """(N, D) what the head would be given, if nothing else was asked for."""
     exact: Exact | None = None
     """The same under FSDP2, else None."""
 
@@ -122,11 +130,30 @@ def forest_token_logps(model: nn.Module, forest: PreferenceForest) -> Tensor:
     Raises:
         ModelError: the model was not prepared.
     """
+    token_logps = score_forest(model, forest).token_logps
+    assert token_logps is not None
+    return token_logps
+
+
+def score_forest(model: nn.Module, forest: PreferenceForest, **asked: Any) -> ScoredTokens:
+    """What else a model can say of a forest's scored tokens.
+
+    Args:
+        model, forest: as for `forest_token_logps`.
+        asked: `extras=("log_sum_squares",)`; `rows_only=True`; or `reference_rows` (N, D), `reference_weight` and
+            `reference_bias`: what the reference gives its head, and that head.
+
+    Raises:
+        ModelError: the model was not prepared.
+    """
     try:
-        scored = model(
-            input_ids=forest.input_ids, score_from=forest.score_from, labels=forest.labels, forest_shape=forest.shape
+        return model(
+            input_ids=forest.input_ids,
+            score_from=forest.score_from,
+            labels=forest.labels,
+            forest_shape=forest.shape,
+            **asked,
         )
-        return scored.token_logps
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         if any(is_bound(part) for part in model.modules()):  # type: ignore[arg-type]
             raise
@@ -206,18 +233,81 @@ def _scoring_forward(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _score(model: Any, score_from: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> ScoredTokens:
+def _score(
+    model: Any,
+    score_from: Tensor,
+    *args: Any,
+    labels: Tensor | None = None,
+    extras: tuple[str, ...] = (),
+    rows_only: bool = False,
+    reference_rows: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> ScoredTokens:
     """`linear_logps(decoder(...)[score_from], head, labels)`.
 
     Args:
         score_from: (N,) int64, hidden rows, counted through all sheets.
         labels: (N,) int64, the token that each row predicts.
+        extras, rows_only, reference_rows, reference_weight, reference_bias: as for `score_forest`.
     """
     if labels is None:
         raise ValueError("score_from was given without labels; expected labels (N,), the token that each row predicts")
     rows = _hidden_rows(model, *args, **kwargs).index_select(0, score_from)  # (N, D)
-    token_logps = head_logps(model, rows, labels, model.scoring_backend)[0]
-    return ScoredTokens(token_logps=token_logps, exact=exact_under_fsdp(model, token_logps=token_logps))
+    if rows_only:
+        return ScoredTokens(rows=rows)
+    found: dict[str, Tensor | None]
+    if reference_rows is not None:
+        assert reference_weight is not None
+        token_kl = head_kl(model, rows, labels, reference_rows, reference_weight, reference_bias)
+        found = {
+            "token_logps": token_kl.logps, "reference_token_logps": token_kl.reference_logps, "token_kl": token_kl.kl
+        }  # fmt: skip
+    else:
+        token_logps, more = head_logps(model, rows, labels, model.scoring_backend, extras)
+        found = {"token_logps": token_logps}
+        if more is not None:
+            found["log_sum_squares"] = more.log_sum_squares
+    return ScoredTokens(**found, exact=exact_under_fsdp(model, **found))
+
+
+def head_kl(
+    model: PreTrainedModel,
+    rows: Tensor,
+    labels: Tensor,
+    reference_rows: Tensor,
+    reference_weight: Tensor,
+    reference_bias: Tensor | None,
+) -> TokenKL:
+    """`linear_kl` of a model's own head and another; to be called within the model's forward.
+
+    Args:
+        rows, reference_rows: (N, D) what either head is given.
+        labels: (N,) the token that each row predicts; every row counts.
+
+    Raises:
+        ModelError: the head has an adapter, which `linear_kl` does not follow.
+    """
+
+    def within(rows: Tensor) -> TokenKL:
+        head, transform = head_of(model), read_head_transform(model.config)
+        if head.branches:
+            raise ModelError("the KL of tokens cannot follow an adapter on the LM head; train without lora_head")
+        return linear_kl(
+            rows_for(head, rows),
+            head.weight,
+            labels.to(rows.device),
+            rows_for(head, reference_rows),
+            reference_weight,
+            bias=head.bias,
+            reference_bias=reference_bias,
+            logit_scale=transform.logit_scale,
+            softcap=transform.softcap,
+            ignore_index=None,
+        )
+
+    return called_through(modules_to_call(model), within, rows)
 
 
 def head_logps(

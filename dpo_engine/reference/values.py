@@ -101,11 +101,11 @@ def with_reference(tree: TokenTree, logps: Sequence[Tensor] | None, sums: Sequen
         completions=tree.completions,
         reference_token_logps=logps,
         reference_logps=sums,
-        **{name: getattr(tree, name, None) for name in _CARRIED},
+        **{name: getattr(tree, name) for name in _CARRIED if hasattr(tree, name)},
     )
 
 
-_CARRIED = ("scored", "token_weights", "completion_weights", "origin")
+_CARRIED = ("scored", "token_weights", "completion_weights", "desirable", "ranks", "mismatched", "origin")
 
 
 def scored_tokens(tree: TokenTree) -> list[int]:

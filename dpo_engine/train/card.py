@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dpo_engine.errors import ConfigError
-from dpo_engine.losses import get_method
 from dpo_engine.model.adapters import ALL_LINEAR
 from dpo_engine.model.files import sha256_of
 from dpo_engine.model.fingerprint import weights_fingerprint
@@ -75,7 +74,9 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
 def run_facts(config: TrainConfig, prepared: PreparedRun, result: dict[str, Any]) -> dict[str, Any]:
     """Everything that the card of a run says, as JSON values."""
     name = str(config.model)
-    method = {key: getattr(config, key) for key in ("beta", *sorted(get_method(config.method).uses))}
+    method = config.entry.settings(config)
+    if config.entry.parts:
+        method = {part.name: method[part.name] | {"weight": weight} for weight, part in config.entry.parts}
     lora = {
         "r": config.lora_r,
         "alpha": config.lora_alpha,

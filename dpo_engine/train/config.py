@@ -11,12 +11,12 @@ from transformers import TrainingArguments
 from dpo_engine.data.templates import CHAT_TEMPLATE_CHOICES
 from dpo_engine.data.truncation import TRUNCATIONS
 from dpo_engine.errors import ConfigError
-from dpo_engine.losses import get_method
 from dpo_engine.model.layout import SHARE_PROMPT
 from dpo_engine.model.liger import LIGER, LOSSES
 from dpo_engine.ops import BACKENDS
+from dpo_engine.train.method_arguments import KINDS, MethodArguments
 from dpo_engine.train.trl_names import TrlArguments
-from dpo_engine.train.trl_settle import say_once, settle_names
+from dpo_engine.train.trl_settle import settle_names
 
 DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
 
@@ -29,36 +29,15 @@ class LigerChoice(str):
 
 
 @dataclass
-class DPOConfig(TrlArguments, TrainingArguments):
-    """What `DPOTrainer` is told: `transformers.TrainingArguments` and the fields below.
+class DPOConfig(MethodArguments, TrlArguments, TrainingArguments):
+    """What `DPOTrainer` is told: `transformers.TrainingArguments`, the method's (`MethodArguments`) and the fields below.
 
     TRL's names are taken too (`dpo_engine/train/trl_names.py`); docs/trl-differences.md says what each is here.
 
-    `per_device_train_batch_size` counts pairs. A step's gradient is the mean over the step's pairs, whatever the
-    packing.
+    `per_device_train_batch_size` counts trees: pairs, ranked lists, or prompts with labelled completions. A step's gradient is
+    the mean over the step's trees, whatever the packing.
     """
 
-    method: str = field(default="dpo", metadata={"help": "Loss, a name of dpo_engine.losses.LOSSES."})
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "How strongly the policy is held to the reference (ipo: tau); > 0. The method's own if not set: 0.1, bco 0.01."
-        },
-    )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of labels taken to be flipped, in [0, 0.5); above 0, dpo is cDPO."}
-    )
-    ipo_reduction: str = field(
-        default="mean",
-        metadata={"help": "ipo: compare means over tokens (mean, as most trainers do) or sums (sum, as in the paper)."},
-    )
-    ld_alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "ld_dpo: weight of the tokens beyond the shorter completion's length, in [0, 1]; 0.5 if not given. Given "
-            "with dpo, the method is ld_dpo."
-        },
-    )
     max_length: int | None = field(
         default=1024,
         metadata={"help": "Most tokens in a prompt and its longest completion; `truncation` says what is done."},
@@ -182,27 +161,11 @@ class DPOConfig(TrlArguments, TrainingArguments):
             ConfigError: the first value that is out of range, or that TRL takes and the engine cannot do.
         """
         settle_names(self)
-        if self.method == "dpo" and self.ld_alpha is not None:
-            say_once(f"ld_alpha={self.ld_alpha} with method 'dpo': the method is 'ld_dpo'")
-            self.method = "ld_dpo"
+        self.settle_method()
         self._check()
 
     def _check(self) -> None:
         """Raise a `ConfigError` for the first value out of range."""
-        method = get_method(self.method)
-        if self.method == "ld_dpo" and self.ld_alpha is None:
-            self.ld_alpha = 0.5
-        if self.beta is None:
-            self.beta = method.beta
-        require(0 < self.beta < math.inf, "beta", self.beta, "a finite number above 0")
-        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
-        require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha, "a number in [0, 1]")
-        require(self.ipo_reduction in ("mean", "sum"), "ipo_reduction", self.ipo_reduction, "mean or sum")
-        for name in ("label_smoothing", "ipo_reduction", "ld_alpha"):
-            unset, given = type(self).__dataclass_fields__[name].default, getattr(self, name)
-            require(
-                given == unset or name in method.uses, name, given, f"{unset}: the method {self.method} does not use it"
-            )
         require(
             self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, or none"
         )
@@ -253,7 +216,7 @@ class DPOConfig(TrlArguments, TrainingArguments):
         require(smoothing == 0, "label_smoothing_factor", smoothing, "0; the loss's own parameter is label_smoothing")
 
     def pair_options(self) -> dict[str, Any]:
-        """What `load_pairs` and `tokenize_pairs` are told about reading pairs."""
+        """What `load_pairs` and `tokenize_pairs` are told about reading data."""
         return {
             "max_length": self.max_length,
             "max_prompt_length": self.max_prompt_length,
@@ -262,6 +225,7 @@ class DPOConfig(TrlArguments, TrainingArguments):
             "chat_template": self.chat_template,
             "skip_bad_rows": self.skip_bad_rows,
             "method": self.method,
+            "kind": KINDS[self.entry.needs],
         }
 
 

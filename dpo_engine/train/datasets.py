@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dpo_engine.batch import TokenTree
 from dpo_engine.data import DataReport, PairData, tokenize_pairs
+from dpo_engine.data.inspection import suggested_weights
+from dpo_engine.data.mismatched import with_mismatched
 from dpo_engine.data.records import describe_reason
 from dpo_engine.data.streaming import PairStream
 from dpo_engine.data.token_columns import pairs_of_ids, token_columns
-from dpo_engine.errors import ConfigError
+from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.reference.values import ReferenceValues
 from dpo_engine.train.config import DPOConfig
+from dpo_engine.train.method_arguments import KINDS
 from dpo_engine.train.trl_settle import say_once
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,11 @@ def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPO
     if isinstance(dataset, PairStream):
         _check_stream(dataset, args, name)
         return dataset
+    data = _read(dataset, tokenizer, args, name)
+    return data if isinstance(data, PairStream | ReferenceValues) else _for_method(data, args, name)
+
+
+def _read(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, name: str) -> Any:
     if isinstance(dataset, dict):
         raise ConfigError(
             f"DPOTrainer: {name} is a dict of {', '.join(map(str, dataset)) or 'nothing'}; expected one data set, such as one of "
@@ -64,6 +73,69 @@ def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPO
     if args.process_index == 0:
         warn_of_rows_left_out(data.report)
     return data
+
+
+def _for_method(data: Any, args: DPOConfig, name: str) -> Any:
+    """The trees as the method needs them.
+
+    Raises:
+        DataError: they are of another kind of data.
+    """
+    method = args.entry
+    for index, tree in enumerate(data):
+        if fault := _misfit(tree, KINDS[method.needs]):
+            raise DataError(
+                f"{getattr(tree, 'origin', None) or f'{name}: row {index + 1}'} {fault}; the method {method.name} trains on "
+                f"{_EXPECTED[KINDS[method.needs]]}"
+            )
+    if not method.mismatched:
+        return data
+    if args.process_index == 0:
+        _suggest_weights(data, args, name)
+    if getattr(data[0], "mismatched", False):
+        return data
+    trees = with_mismatched(list(data), args.max_length)
+    return replace(data, trees=trees) if isinstance(data, PairData) else trees
+
+
+_EXPECTED = {
+    "pairs": "trees of two completions, or of more that have ranks",
+    "unpaired": "trees whose completions are labelled desirable or not",
+    "ranked": "trees of at least two completions that have ranks",
+}
+
+
+def _misfit(tree: TokenTree, kind: str) -> str | None:
+    """Why a tree cannot be trained on by a method of this kind of data."""
+    count, ranks = len(tree.completions), getattr(tree, "ranks", None)
+    if kind == "unpaired":
+        return "has no labels (desirable)" if getattr(tree, "desirable", None) is None else None
+    if getattr(tree, "desirable", None) is not None:
+        return "is labelled, not ranked"
+    if ranks is None:
+        return None if count == 2 else f"has {count} completions and no ranks"
+    if len(ranks) != count or list(ranks) != sorted(ranks) or ranks[0] == ranks[-1]:
+        return f"has {count} completions with ranks {list(ranks)}, of which none is better, or which do not ascend"
+    return None
+
+
+def _suggest_weights(data: Any, args: DPOConfig, name: str) -> None:
+    """Say which class weights the data asks for, where those given are far from it."""
+    labels = [label for tree in data for label in tree.desirable]
+    desirable, undesirable = sum(labels), len(labels) - sum(labels)
+    if not desirable or not undesirable:
+        only = "desirable" if desirable else "undesirable"
+        logger.warning("%s: all %d completions are %s; kto learns from both kinds", name, len(labels), only)
+        return
+    settings = args.entry.settings(args)
+    ratio = settings["desirable_weight"] * desirable / (settings["undesirable_weight"] * undesirable)
+    if not 1 <= ratio <= 4 / 3:
+        good, bad = suggested_weights(desirable, undesirable)
+        logger.warning(
+            "%s: %d desirable and %d undesirable completions: desirable_weight * n / (undesirable_weight * n) is %.2f, and 1 to "
+            "1.33 is advised; desirable_weight: %.4g and undesirable_weight: %.4g would be",
+            name, desirable, undesirable, ratio, good, bad,
+        )  # fmt: skip
 
 
 def warn_of_rows_left_out(report: DataReport) -> None:
@@ -126,6 +198,11 @@ def _check_stream(dataset: Any, args: DPOConfig, name: str) -> None:
     if args.world_size > 1:
         raise ConfigError(
             f"DPOTrainer: {name} is a stream, and there are {args.world_size} ranks; expected a data set in memory"
+        )
+    if args.entry.mismatched:
+        raise ConfigError(
+            f"DPOTrainer: {name} is a stream, and the method {args.method} puts completions behind prompts of other rows; expected "
+            "a data set in memory"
         )
     if args.dataloader_num_workers:
         raise ConfigError(

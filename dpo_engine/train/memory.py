@@ -15,7 +15,6 @@ import torch
 
 from dpo_engine.batch import TokenTree, packed_cost
 from dpo_engine.errors import ConfigError, ModelError, TrainingError
-from dpo_engine.losses import get_method
 from dpo_engine.memory.cards import Card
 from dpo_engine.memory.plan import MULTIPLE, cheapest_change, most_tokens
 from dpo_engine.memory.shapes import ModelShape, read_shape
@@ -169,8 +168,8 @@ def _settings(config: Any, shape: ModelShape) -> StepSettings | str:
     targets = tuple(dict.fromkeys(name for name in given if name in names)) if given else None
     reference = "adapters_off"
     if not config.lora_r:
-        reference = "model_copy" if get_method(config.method).needs_reference else "adapters_off"
-    elif config.adapter is not None and config.adapter_mode == "continue":
+        reference = "model_copy" if config.entry.needs_reference else "adapters_off"
+    elif config.entry.moving_reference or (config.adapter is not None and config.adapter_mode == "continue"):
         reference = "adapter_copy"
     return StepSettings(
         weights="nf4" if config.load_in_4bit else dtype,

@@ -84,9 +84,9 @@ class RunReference:
         self.method = method
         self.reference = reference
         self.is_policy = is_policy
-        self.cache = cache if method.needs_reference else None
+        self.cache = cache if method.known_beforehand else None
         self.is_default = is_default
-        self.in_bulk = method.needs_reference and (in_bulk or cache is not None)
+        self.in_bulk = method.known_beforehand and (in_bulk or cache is not None)
         self.accelerator = accelerator
         self.score, self.pack = score, pack
         self.dtype, self.made = dtype, made
@@ -121,6 +121,9 @@ class RunReference:
             DataError: the data brings log-probs that the method cannot use.
         """
         if not self.method.needs_reference or self.is_known(data):
+            return data
+        if not self.method.known_beforehand:
+            self._refuse_brought(data, name)
             return data
         if any(map(_has_sums, data)):
             return self._with_sums(data, name, guard)
@@ -177,12 +180,13 @@ class RunReference:
         given = [tree for tree in data if _has_sums(tree)]
         if not given or not self.method.needs_reference:
             return
+        self._refuse_brought(data, name)
         if any(getattr(tree, "token_weights", None) is not None for tree in data):
             raise DataError(
                 f"{name} brings token_weights and sums of reference log-probs, and a sum does not say what it weighed; give "
                 "reference_token_logps, or leave the sums out and the reference will be asked"
             )
-        if self.method.token_weights is not None:
+        if self.method.public_part:
             raise DataError(
                 f"{name} brings reference_chosen_logps and reference_rejected_logps, sums over tokens, but the method weighs "
                 "tokens one by one and so needs each of them; remove these columns, and the reference will be asked"
@@ -198,6 +202,14 @@ class RunReference:
             ],
         )
         self._sums_guarded = True
+
+    def _refuse_brought(self, data: Sequence[TokenTree], name: str) -> None:
+        """Refuse log-probs of a reference that a method cannot know beforehand."""
+        if not self.method.known_beforehand and any(map(_is_known, data)):
+            why = "moves with the policy" if self.method.moving_reference else "is asked for whole distributions"
+            raise DataError(
+                f"{name} brings reference log-probs, but the reference of method {self.method.name} {why}; remove these columns"
+            )
 
     def _with_sums(self, data: Sequence[TokenTree], name: str, guard: int) -> Sequence[TokenTree]:
         """Trees of which each has sums: those that the data brings, and those of the reference where it brings none."""
@@ -220,6 +232,9 @@ class RunReference:
     def of(self, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """These trees with their reference log-probs: those that they bring, or of the cache, or computed and kept now."""
         if not self.method.needs_reference:
+            return trees
+        if not self.method.known_beforehand:
+            self._refuse_brought(trees, "train_dataset")
             return trees
         given = [tree for tree in trees if _has_sums(tree)]
         if given and not self._sums_guarded:

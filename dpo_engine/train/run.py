@@ -455,7 +455,8 @@ def _prepare_output(config: TrainConfig) -> Path:
 def _source(source: str | None, split: str, config: TrainConfig) -> PairSource | None:
     if source is None:
         return None
-    return check_source(source, split=split, skip_bad_rows=config.skip_bad_rows, method=config.method)
+    kind = config.pair_options()["kind"]
+    return check_source(source, split=split, skip_bad_rows=config.skip_bad_rows, method=config.method, kind=kind)
 
 
 def _pairs(source: PairSource | None, tokenizer: Any, config: TrainConfig, limit: int | None) -> PairData | None:
@@ -506,8 +507,9 @@ def _judge(trainer: DPOTrainer, held_out: PairData | None, say: Say, when: str) 
     if held_out is None:
         return None
     metrics = trainer.evaluate()
-    accuracy, margin = metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"]
-    say(f"held out, {when}: loss {metrics['eval_loss']:.4f}, accuracy {accuracy:.1%}, margin {margin:+.3f}")
+    margin = metrics.get("eval_rewards/margins")  # of unpaired data of one class there is none
+    shown = "" if margin is None else f", margin {margin:+.3f}"
+    say(f"held out, {when}: loss {metrics['eval_loss']:.4f}, accuracy {metrics['eval_rewards/accuracies']:.1%}{shown}")
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""What do policy and reference say of the pairs of a forest? Sums per completion, for a loss to compare."""
+"""What do policy and reference say of a forest? Numbers per completion, for a loss to compare."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_engine.batch import PreferenceForest, sum_by_completion
-from dpo_engine.losses import Method, PairStats
+from dpo_engine.losses import Method
 from dpo_engine.model.adapter_inputs import adapter_inputs_as_they_are
 from dpo_engine.model.adapters import is_peft_model, reference_of
-from dpo_engine.model.scoring import bind_scoring, forest_token_logps
+from dpo_engine.model.head import head_of
+from dpo_engine.model.scoring import bind_scoring, forest_token_logps, score_forest
 from dpo_engine.train.offload import checkpoints_offloaded, offloader_for
 from dpo_engine.train.second_model import check_second_model
+from dpo_engine.train.statistics import CompletionValues, forest_stats
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -43,16 +45,11 @@ def make_reference(model: nn.Module, ref_model: nn.Module | None) -> nn.Module |
     return ref_model.requires_grad_(False).eval()
 
 
-def weighted_sum(losses: Tensor, stats: PairStats) -> Tensor:
-    """() the sum of `weights * losses`."""
-    return (losses if stats.weights is None else stats.weights * losses).sum()
-
-
-class PairScorer:
-    """Scores forests of pairs, of which completions alternate chosen, rejected.
+class Scorer:
+    """Scores forests for a method.
 
     Args:
-        method: whether it needs a reference, and what tokens count.
+        method: what it needs of policy and reference.
         config: the method's parameters.
         reference: a second model, or None where the reference lies under the policy's adapters.
     """
@@ -79,67 +76,115 @@ class PairScorer:
 
     def reference_token_logps(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
         """The same under the reference of the policy `model`: eval mode, no gradient, adapters off."""
-        if self.reference is not None:
-            if any(module.training for module in self.reference.modules()):  # its owner may have called train() since
-                self.reference.eval()
-            with torch.no_grad():
-                return self.token_logps(self.reference, forest)
-        with reference_of(self.accelerator.unwrap_model(model)):
-            return self.token_logps(model, forest)
+        with self._as_reference(model) as reference:
+            return self.token_logps(reference, forest)
 
-    def pair_stats(self, model: nn.Module, forest: PreferenceForest) -> PairStats:
-        """Sums per completion of both models, with the gradient of the policy's."""
-        reference: tuple[Tensor | None, Tensor | None] = None, None
-        if self.method.needs_reference:
-            known = self.known_reference(forest)
-            reference = known or self._sums(self.reference_token_logps(model, forest), forest)
-        chosen, rejected = self._sums(self.token_logps(model, forest), forest)
-        lengths = torch.tensor(forest.lengths, dtype=torch.float32).to(chosen.device, non_blocking=True)
-        chosen_lengths, rejected_lengths = _by_pair(lengths, forest)
-        weights = forest.completion_weights
-        return PairStats(
-            chosen_logps=chosen,
-            rejected_logps=rejected,
-            reference_chosen_logps=reference[0],
-            reference_rejected_logps=reference[1],
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            weights=torch.ones_like(chosen) if weights is None else torch.stack(_by_pair(weights, forest)).mean(0),
-        )
+    @contextmanager
+    def _as_reference(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The model to ask for the reference's numbers, within it."""
+        if self.reference is None:
+            with reference_of(self.accelerator.unwrap_model(model)):
+                yield model
+            return
+        if any(module.training for module in self.reference.modules()):  # its owner may have called train() since
+            self.reference.eval()
+        with torch.no_grad():
+            yield self.reference
 
-    def known_reference(self, forest: PreferenceForest) -> tuple[Tensor, Tensor] | None:
-        """`(chosen, rejected)`, each (trees,): the reference's sums that a forest brings; None if it brings none."""
+    def stats(self, model: nn.Module, forest: PreferenceForest) -> Any:
+        """What the method's loss is given of the forest, with the gradient of the policy's."""
+        values = self._with_kl(model, forest) if self.method.token_kl else self._values(model, forest)
+        return forest_stats(self.method, values, forest, self.config.ranked_pairs)
+
+    def with_reference(self, model: nn.Module, forest: PreferenceForest) -> PreferenceForest:
+        """The forest with the reference log-probs that it lacks, so that it can be scored again without asking the reference."""
+        if not self._is_asked(forest):
+            return forest
+        return replace(forest, reference_token_logps=self.reference_token_logps(model, forest))
+
+    def known_reference(self, forest: PreferenceForest) -> Tensor | None:
+        """(C,) the reference's sums that a forest brings; None if it brings none."""
         if forest.reference_logps is not None:
-            return _by_pair(forest.reference_logps, forest)
+            return forest.reference_logps
         if forest.reference_token_logps is not None:
-            return self._sums(forest.reference_token_logps, forest)
+            return _sums(forest.reference_token_logps, forest)
         return None
 
-    def policy_again(self, model: nn.Module, forest: PreferenceForest, like: PairStats) -> PairStats:
-        """`like` with the policy's sums computed anew, with gradient."""
-        chosen, rejected = self._sums(self.token_logps(model, forest), forest)
-        return replace(like, chosen_logps=chosen, rejected_logps=rejected)
+    def policy_sums(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
+        """(C,) sums of each completion's scored tokens under the policy, weighted as the data says."""
+        return _sums(self.token_logps(model, forest), forest)
 
-    def _sums(self, token_logps: Tensor, forest: PreferenceForest) -> tuple[Tensor, Tensor]:
-        """`(chosen, rejected)`, each (trees,), sums over scored tokens, weighted as the data and the method say."""
-        weights = forest.token_weights
-        if self.method.token_weights is not None:
-            places, public_lengths = _places(forest)
-            by_method = self.method.token_weights(places, public_lengths, self.config).to(token_logps.device)
-            weights = by_method if weights is None else weights * by_method
-        return _by_pair(sum_by_completion(token_logps, forest.lengths, weights), forest)
+    def log_ratios(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
+        """(C,) `policy - reference` of the sums of each completion; none of an idle forest's."""
+        values = self._values(model, forest)
+        assert values.reference_logps is not None
+        return (values.logps - values.reference_logps)[: sum(forest.sizes[: forest.trees])]
+
+    def _is_asked(self, forest: PreferenceForest) -> bool:
+        """Whether the reference's log-probs have to be computed."""
+        is_known = forest.reference_token_logps is not None or forest.reference_logps is not None
+        return self.method.needs_reference and not self.method.token_kl and not is_known
+
+    def _values(self, model: nn.Module, forest: PreferenceForest) -> CompletionValues:
+        reference = self.with_reference(model, forest).reference_token_logps if self.method.needs_reference else None
+        sums = forest.reference_logps if self.method.needs_reference else None
+        squares = None
+        if self.method.extras:
+            with self.accelerator.autocast():
+                scored = score_forest(model, forest, extras=self.method.extras)
+            assert scored.token_logps is not None
+            policy, squares = scored.token_logps.float(), scored.log_sum_squares
+        else:
+            policy = self.token_logps(model, forest)
+        return _completion_values(policy, reference, forest, sums=sums, squares=squares)
+
+    def _with_kl(self, model: nn.Module, forest: PreferenceForest) -> CompletionValues:
+        """Both models' hidden states, met in one call of the operator."""
+        with self._as_reference(model) as asked, self.accelerator.autocast():
+            rows = score_forest(asked, forest, rows_only=True).rows
+            head = head_of(causal_model(self.accelerator.unwrap_model(asked)))
+        with self.accelerator.autocast():
+            scored = score_forest(
+                model, forest, reference_rows=rows, reference_weight=head.weight.detach(), reference_bias=head.bias
+            )
+        assert scored.token_logps is not None and scored.reference_token_logps is not None
+        return _completion_values(
+            scored.token_logps, scored.reference_token_logps.detach(), forest, token_kl=scored.token_kl
+        )
 
 
-def _places(forest: PreferenceForest) -> tuple[Tensor, Tensor]:
-    """(N,) each scored token's place in its completion, and (N,) the scored tokens of its pair's shorter completion."""
-    pairs = zip(forest.lengths[::2], forest.lengths[1::2], strict=True)
-    lengths = torch.tensor(forest.lengths)
-    shorter = torch.tensor([min(pair) for pair in pairs]).repeat_interleave(2)
-    places = torch.cat([torch.arange(length) for length in forest.lengths])
-    return places, torch.repeat_interleave(shorter, lengths)
+def _completion_values(
+    policy: Tensor,
+    reference: Tensor | None,
+    forest: PreferenceForest,
+    *,
+    sums: Tensor | None = None,
+    squares: Tensor | None = None,
+    token_kl: Tensor | None = None,
+) -> CompletionValues:
+    """Sums per completion of what was found of tokens, (N,) each; `sums` (C,) in the place of `reference`."""
+    confidence = k3 = None
+    with torch.no_grad():
+        if squares is not None:
+            counts = torch.tensor(forest.lengths, dtype=torch.float32).to(policy.device)
+            confidence = sum_by_completion(policy - squares, forest.lengths) / counts
+        if reference is not None:
+            distance = policy.detach() - reference
+            k3 = sum_by_completion(torch.expm1(distance) - distance, forest.lengths)
+    weights = forest.token_weights
+    token_logps = policy if weights is None else weights * policy
+    weighted = reference if reference is None or weights is None else weights * reference
+    return CompletionValues(
+        logps=sum_by_completion(token_logps, forest.lengths),
+        reference_logps=sums if weighted is None else sum_by_completion(weighted, forest.lengths),
+        token_logps=token_logps,
+        reference_token_logps=weighted,
+        confidence=confidence,
+        kl=None if token_kl is None else sum_by_completion(token_kl, forest.lengths),
+        k3=k3,
+    )
 
 
-def _by_pair(by_completion: Tensor, forest: PreferenceForest) -> tuple[Tensor, Tensor]:
-    """(2T,) in the order chosen, rejected, chosen, ... -> two of (T,); of an idle forest, two of (0,)."""
-    chosen, rejected = by_completion.view(-1, 2)[: forest.trees].unbind(-1)
-    return chosen, rejected
+def _sums(token_logps: Tensor, forest: PreferenceForest) -> Tensor:
+    """(C,) sums over scored tokens, weighted as the data says."""
+    return sum_by_completion(token_logps, forest.lengths, forest.token_weights)

@@ -1,23 +1,29 @@
-"""Does a run start where it must? Where the policy is the reference still, everything known of either must agree."""
+"""Can a run start, and does it start where it must? Where the policy is the reference still, all known of either must agree."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dpo_engine.batch import PreferenceForest
-from dpo_engine.errors import TrainingError
-from dpo_engine.losses import PairStats
+from dpo_engine.errors import ConfigError, TrainingError
+from dpo_engine.losses import PairStats, UnpairedStats
+from dpo_engine.model.head import head_of
 from dpo_engine.reference.guard import unit_of
-from dpo_engine.train.scoring import PairScorer
-from dpo_engine.train.whole_step import joined
+from dpo_engine.train.scoring import Scorer
+from dpo_engine.train.statistics import joined
 
 
-def check_start(scorer: PairScorer, model: nn.Module, forests: Sequence[PreferenceForest], dtype: torch.dtype) -> None:
-    """Score the first batch with policy and reference, and compare with the method's start value and with what is known.
+def check_start(scorer: Scorer, model: nn.Module, forests: Sequence[PreferenceForest], dtype: torch.dtype) -> None:
+    """Score the first batch with policy and reference: each loss must be that of two models that agree, and what is known of the
+    reference must be what the policy says.
 
     Args:
         model: the policy, in eval mode, which is the reference still.
@@ -25,46 +31,97 @@ def check_start(scorer: PairScorer, model: nn.Module, forests: Sequence[Preferen
         dtype: what the reference computes in.
 
     Raises:
-        TrainingError: a loss is not the method's start value, or known log-probs are not what the policy says.
+        TrainingError: policy and reference differ, or known log-probs are not what the policy says.
     """
-    expected = scorer.method.start(scorer.config)
     tolerance = 1e-3 if scorer.accelerator.mixed_precision != "no" else 1e-4
     # Asked anew also where it was computed before: in the same forest both are the same to the last bits.
     unknown = [replace(forest, reference_token_logps=None, reference_logps=None) for forest in forests]
-    anew = [scorer.pair_stats(model, forest) for forest in unknown]
-    losses = scorer.method(joined(anew), scorer.config)
-    if not len(losses):  # this rank has idle forests only
-        return
-    for forest, stats in zip(forests, anew, strict=True):
-        _check_known(scorer, forest, stats, unit_of(dtype))
-    worst = losses[(losses - expected).abs().argmax()].item()
-    if not abs(worst - expected) <= tolerance:
-        raise TrainingError(
-            f"before the first step the policy is the reference, so every {scorer.config.method} loss must be "
-            f"{expected:.6f} (within {tolerance:g}), but a pair of the first batch has {worst:.6f}: policy and "
-            "reference are not computed alike (weights changed in memory, or a layer that is random in eval mode?)"
+    anew = [scorer.stats(model, forest) for forest in unknown]
+    for forest, known in zip(forests, map(scorer.known_reference, forests), strict=True):
+        if known is not None:
+            now = scorer.policy_sums(model, forest)  # idle forests too: every rank takes part in every forward
+            _check_known(forest, known, now, unit_of(dtype))
+    # Losses that couple pairs see them all.
+    for stats in [joined(anew)] if isinstance(anew[0], PairStats) else anew:
+        if isinstance(stats, UnpairedStats):
+            stats = replace(stats, baseline=stats.logps.new_zeros(()))
+        found, expected = (scorer.method(each, scorer.config) for each in (stats, in_agreement(stats)))
+        if not len(found):
+            continue
+        off = (found - expected).abs() / expected.abs().clamp(min=1)
+        worst = int(off.nan_to_num(nan=torch.inf).argmax())
+        if not off[worst].item() <= tolerance:
+            raise TrainingError(
+                f"before the first step the policy is the reference, so a {scorer.config.method} loss of the first batch must be "
+                f"{expected[worst].item():.6f} (within {tolerance:g}), but it is {found[worst].item():.6f}: policy and reference "
+                "are not computed alike (weights changed in memory, or a layer that is random in eval mode?)"
+            )
+
+
+def check_token_kl(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Refuse a model whose head cannot be met with the reference's, before a method that needs that is trained.
+
+    Raises:
+        ConfigError: the head has an adapter, or weights are sharded over ranks.
+    """
+    if head_of(model).branches:
+        raise ConfigError(
+            "method tdpo compares whole distributions, and cannot follow an adapter on the LM head; set lora_head: false, or leave "
+            "the head out of lora_target_modules"
+        )
+    refuse_sharded(accelerator, "method tdpo, which meets the heads of policy and reference in one operator call")
+
+
+def refuse_sharded(accelerator: Accelerator, what: str) -> None:
+    """Raise a `ConfigError` where ranks hold parts of the weights."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConfigError(
+            f"weights are sharded ({accelerator.distributed_type.value}); expected one process or DDP with {what}"
         )
 
 
-def _check_known(scorer: PairScorer, forest: PreferenceForest, anew: PairStats, unit: float) -> None:
+def in_agreement(stats: Any) -> Any:
+    """The statistics, if the reference said what the policy says."""
+    if not isinstance(stats, PairStats):
+        return replace(stats, reference_logps=stats.logps)
+    public: dict[str, Any] = {}
+    if stats.chosen_public_logps is not None:
+        public = {
+            "reference_chosen_public_logps": stats.chosen_public_logps,
+            "reference_rejected_public_logps": stats.rejected_public_logps,
+        }
+    kl = (
+        {}
+        if stats.chosen_kl is None
+        else dict.fromkeys(("chosen_kl", "rejected_kl"), torch.zeros_like(stats.chosen_kl))
+    )
+    return replace(
+        stats,
+        reference_chosen_logps=stats.chosen_logps,
+        reference_rejected_logps=stats.rejected_logps,
+        **public,
+        **kl,
+    )
+
+
+def _check_known(forest: PreferenceForest, known: Tensor, now: Tensor, unit: float) -> None:
     """Refuse reference log-probs, of a data set or a cache, that are not those of the policy.
 
     Args:
-        anew: what the policy says of the forest's pairs.
+        known, now: (C,) sums of each completion.
         unit: what a log-prob of size 1 may differ by.
     """
-    known = scorer.known_reference(forest)
-    if known is None:
+    if not forest.trees:
         return
-    for name, used, now, lengths in (
-        ("chosen", known[0], anew.chosen_logps, anew.chosen_lengths),
-        ("rejected", known[1], anew.rejected_logps, anew.rejected_lengths),
-    ):
-        off = (used - now).abs() - 8 * unit * (now.abs() + lengths)
-        if len(off) and not bool((off <= 0).all()):
-            worst = int(off.nan_to_num(nan=torch.inf).argmax())
-            raise TrainingError(
-                f"before the first step the policy is the reference, but a pair of the first batch has known reference "
-                f"log-probs that sum to {used[worst].item():.4f} ({name}), and {now[worst].item():.4f} now; "
-                "`dpo-engine cache verify --all` names the rows: compute them anew, or set reference_cache: off"
-            )
+    lengths = torch.tensor(forest.lengths, dtype=torch.float32).to(now.device)
+    off = (known - now).abs() - 8 * unit * (now.abs() + lengths)
+    if bool((off <= 0).all()):
+        return
+    worst = int(off.nan_to_num(nan=torch.inf).argmax())
+    place = forest.tree_ids.tolist().index(int(forest.tree_ids[worst]))
+    which = ("chosen", "rejected")[worst - place] if forest.sizes[0] == 2 else f"completion {worst - place + 1}"
+    raise TrainingError(
+        f"before the first step the policy is the reference, but a row of the first batch has known reference "
+        f"log-probs that sum to {known[worst].item():.4f} ({which}), and {now[worst].item():.4f} now; "
+        "`dpo-engine cache verify --all` names the rows: compute them anew, or set reference_cache: off"
+    )

@@ -30,9 +30,9 @@ from dpo_engine.batch import (
 )
 from dpo_engine.data.streaming import PairStream
 from dpo_engine.errors import ConfigError, DataError
-from dpo_engine.losses import PairStats, get_method
 from dpo_engine.model.adapters import has_reference_adapter, is_peft_model, refuse_prompt_learning
 from dpo_engine.model.existing_adapters import (
+    add_reference_adapter,
     freeze_reference_adapter,
     starts_at_reference,
     without_reference_adapter,
@@ -54,8 +54,11 @@ from dpo_engine.train.datasets import (
     warn_of_rows_left_out,
 )
 from dpo_engine.train.gradients import check_gradients, check_graph
+from dpo_engine.train.health import Health
 from dpo_engine.train.layouts import run_layout, run_liger
-from dpo_engine.train.metrics import MetricSums, RunningMean, pair_metrics
+from dpo_engine.train.metrics import MetricSums, RunningMean, Sums, stats_metrics
+from dpo_engine.train.mismatched import baseline_over_ranks, split_mismatched
+from dpo_engine.train.moving_reference import moving_reference
 from dpo_engine.train.offload import offload_lines
 from dpo_engine.train.opening import (
     ADAPTER_WARNING,
@@ -63,6 +66,7 @@ from dpo_engine.train.opening import (
     open_models,
     open_tokenizer,
     refuse_arguments,
+    refuse_reference,
     say_of_routers,
     set_pad_token,
     without_dropout,
@@ -76,19 +80,18 @@ from dpo_engine.train.ranks import (
     sum_and_most,
 )
 from dpo_engine.train.reference import RunReference, cache_for, made_by
-from dpo_engine.train.scoring import PairScorer, causal_model, make_reference, weighted_sum
+from dpo_engine.train.scoring import Scorer, causal_model, make_reference
 from dpo_engine.train.second_model import check_token_ids, check_vocabularies
-from dpo_engine.train.start import check_start
+from dpo_engine.train.start import check_start, check_token_kl
 from dpo_engine.train.state import RunState, read_state, write_state
+from dpo_engine.train.statistics import joined, stacked, unstacked, weighted_sum
 from dpo_engine.train.trl_settle import say_once
 from dpo_engine.train.whole_step import (
+    Judged,
     StepPart,
     generator_states,
     generators_at,
-    joined,
-    stacked,
     step_parts,
-    unstacked,
 )
 
 logger = logging.getLogger(__name__)
@@ -153,8 +156,7 @@ class DPOTrainer(Trainer):
         refuse_arguments(refused | kwargs)
         args = checked_args(args, model)
         args.settle()  # what was set on it since it was made counts too
-        assert args.beta is not None  # settle filled it in
-        self.method, self.beta = get_method(args.method), args.beta
+        self.method = args.entry
         policy, given_reference = open_models(model, ref_model, args, quantization_config)
         if peft_config is not None:
             if is_peft_model(policy):
@@ -168,8 +170,11 @@ class DPOTrainer(Trainer):
             policy = get_peft_model(policy, peft_config)
         refuse_prompt_learning(policy)
         freeze_reference_adapter(policy)
+        refuse_reference(self.method, given_reference, reference_cache, args)
         causal = causal_model(policy)
         bind_scoring(causal)
+        if self.method.moving_reference and is_peft_model(policy) and given_reference is None:
+            add_reference_adapter(policy)
         self.reference = make_reference(policy, given_reference) if self.method.needs_reference else None
         self._starts_at_reference = given_reference is None and (
             not is_peft_model(policy) or starts_at_reference(policy)
@@ -203,13 +208,20 @@ class DPOTrainer(Trainer):
         )
         if self.reference is not None:
             self.reference.to(args.device)
-        self.scorer = PairScorer(self.method, args, self.reference, self.accelerator)
+        self.scorer = Scorer(self.method, args, self.reference, self.accelerator)
+        self.moving_reference = None
+        if self.method.moving_reference:
+            self.moving_reference = moving_reference(self.method, args, policy, self.reference, self.accelerator)
+            self.add_callback(self.moving_reference)
+        self.health = Health(self.method, logger.warning if self.accelerator.is_main_process else lambda line: None)
         models = [causal, *([] if self.reference is None else [causal_model(self.reference)])]
         self.liger = run_liger(models, args, args.device)
         self.layout = run_layout(models, args.share_prompt)
         logger.info(self.layout.line)
         self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
+        if self.method.token_kl:
+            check_token_kl(causal, self.accelerator)
         if self.reference is not None and given_reference is not None:
             probe_head(causal_model(self.reference))
         second = None if self.reference is None or given_reference is None else causal_model(self.reference)
@@ -259,6 +271,8 @@ class DPOTrainer(Trainer):
         name = Path(str(found))
         self._use_backend(resumed_backend(self.config.backend, state, name, self.args.device, self._head_dtype()))
         self._baseline = RunningMean(state.baseline_count, state.baseline_sum)
+        if self.moving_reference is not None:
+            self.moving_reference.load(Path(str(found)))
         if self.config.max_tokens_per_forest is None:
             both: list[Any] = [self.train_dataset, *all_parts(self.eval_dataset)]
             datasets = [None if isinstance(data, PairStream) else data for data in both]
@@ -307,6 +321,8 @@ class DPOTrainer(Trainer):
                 baseline_sum=float(self._baseline.total),
             )
             write_state(Path(output_dir or str(self.args.output_dir)), state)
+            if self.moving_reference is not None and _internal_call:  # of a checkpoint
+                self.moving_reference.save(Path(str(output_dir)))
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -406,7 +422,7 @@ class DPOTrainer(Trainer):
         if isinstance(self.train_dataset, PairStream):
             self._check_fits(trees)
         trees = self.references.of(trees)
-        batch, step_trees = self._evened(self.packed(trees))
+        batch, step_trees = self._evened_batch(trees)
         nothing = PreferenceBatch(forests=(), trees=0)
         return [nothing] * (len(read) - 1) + [batch], step_trees
 
@@ -420,6 +436,14 @@ class DPOTrainer(Trainer):
                     f"{getattr(tree, 'origin', 'a tree')}: the pair takes {cost} tokens, and forests are of up to "
                     f"{self.budget.tokens}; raise max_tokens_per_forest, or set max_length to truncate"
                 )
+
+    def _evened_batch(self, trees: Sequence[TokenTree]) -> tuple[PreferenceBatch, int]:
+        """This rank's forests, with as many as the other ranks have, and the trees of all ranks."""
+        if not self.method.mismatched:
+            return self._evened(self.packed(trees))
+        own, others = split_mismatched(trees)
+        batch, count = self._evened(self.packed(own))
+        return replace(batch, mismatched=self._evened(self.packed(others))[0]), count
 
     def _evened(self, batch: PreferenceBatch) -> tuple[PreferenceBatch, int]:
         """The batch with as many idle forests as make all ranks have the same number, and the trees of all ranks."""
@@ -446,6 +470,7 @@ class DPOTrainer(Trainer):
         if not self._start_checked:
             self._check_start(model, forests)
         scale = self.args.world_size / (num_items_in_batch or batch.trees * self.args.world_size)
+        baseline = self._mismatch_baseline(model, batch)
         is_apart = len(forests) > 1 or self.args.world_size > 1
         parts: Sequence[StepPart | None] = [None] * len(forests)
         if self.method.whole_step and is_apart:
@@ -454,16 +479,16 @@ class DPOTrainer(Trainer):
         for index, (forest, part) in enumerate(zip(forests, parts, strict=True)):
             with self._reducing_if(model, index == len(forests) - 1), self.scorer.as_trained(model):
                 if part is None:
-                    stats = self.scorer.pair_stats(model, forest)
-                    losses, objective = self._objective(stats, scale)
+                    judged = self._objective(self.scorer.stats(model, forest), scale, baseline)
+                    losses, by_part, objective, stats = judged
                 else:
-                    stats, losses = part.stats, part.losses
+                    losses, by_part, stats = part.losses, part.by_part, part.stats
                     with generators_at(part.generators, self.args.device):
-                        objective = part.objective(self.scorer.policy_again(model, forest, stats))
+                        objective = part.objective(self.scorer.stats(model, part.forest))
                 check_graph(objective, model)
                 self.accelerator.backward(objective)
             total += weighted_sum(losses.detach(), stats) * scale
-            self._train_metrics.add(pair_metrics(stats, losses, self.beta), len(losses))
+            self._train_metrics.add(stats_metrics(self.method, stats, losses, self.config, by_part))
         if not self._gradients_checked and not gradients_are_apart(self.accelerator):
             check_gradients(model)
         self._gradients_checked = True
@@ -471,20 +496,32 @@ class DPOTrainer(Trainer):
 
     def _whole_step(self, model: nn.Module, forests: Sequence[PreferenceForest], scale: float) -> list[StepPart]:
         """What each forest must know of the others, on all ranks."""
-        scored, generators = [], []
+        scored, generators, known = [], [], []
         with torch.no_grad():
             for forest in forests:
+                known.append(self.scorer.with_reference(model, forest))  # before what the second pass draws anew
                 generators.append(generator_states(self.args.device))
-                scored.append(self.scorer.pair_stats(model, forest))
-        return step_parts(scored, generators, lambda stats: self._objective(stats, scale), self.accelerator)
+                scored.append(self.scorer.stats(model, known[-1]))
+        return step_parts(known, scored, generators, lambda stats: self._objective(stats, scale), self.accelerator)
 
-    def _objective(self, stats: PairStats, scale: float) -> tuple[Tensor, Tensor]:
-        """`(losses (B,), () their weighted sum times scale)`; moves the method's running mean on."""
+    def _objective(self, stats: Any, scale: float, baseline: Tensor | None = None) -> Judged:
+        """Losses, and as the objective their weighted sum times `scale`; moves the method's running mean on."""
         if self.method.baseline is not None:
-            self._baseline.add(self.method.baseline(stats, self.config))
-            stats = replace(stats, baseline=self._baseline.mean())
+            self._baseline.add(self.method.baseline(stats, self.method.settings(self.config)))
+            baseline = self._baseline.mean()
+        if baseline is not None:
+            stats = replace(stats, baseline=baseline)
         losses = self.method(stats, self.config)
-        return losses, weighted_sum(losses, stats) * scale
+        return Judged(losses, self.method.part_losses(stats, self.config), weighted_sum(losses, stats) * scale, stats)
+
+    def _mismatch_baseline(self, model: nn.Module, batch: PreferenceBatch) -> Tensor | None:
+        """What this step's rewards are compared with, of a method that finds that on mismatched completions."""
+        if batch.mismatched is None:
+            return None
+        forests = self._with_idle(batch.mismatched, bool(batch.mismatched.idle) and knows_reference(self.train_dataset))
+        with torch.no_grad():
+            ratios = [self.scorer.log_ratios(model, forest) for forest in forests]
+        return baseline_over_ranks(ratios, self.accelerator)
 
     def _with_idle(self, batch: PreferenceBatch, knows_reference: bool) -> list[PreferenceForest]:
         """The batch's forests, then the idle ones; all of them ask the reference, or none does."""
@@ -585,16 +622,21 @@ class DPOTrainer(Trainer):
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         is_known = knows_reference(dataloader.dataset)
-        scored: list[PairStats] = []
+        scored: list[Any] = []
+        ratios: list[Tensor] = []
         with torch.no_grad():
             for trees in dataloader:
-                batch, _ = self._evened(self.packed(trees))
-                for forest in self._with_idle(batch.to(self.args.device), is_known):
-                    scored.append(self.scorer.pair_stats(model, forest))
+                batch = self._evened_batch(trees)[0].to(self.args.device)
+                for forest in self._with_idle(batch, is_known):
+                    scored.append(self.scorer.stats(model, forest))
+                if batch.mismatched is not None:
+                    beside = self._with_idle(batch.mismatched, is_known)
+                    ratios += [self.scorer.log_ratios(model, forest) for forest in beside]
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            metrics = self._judged(joined(scored))
+            metrics = self._judged(scored, baseline_over_ranks(ratios, self.accelerator) if ratios else None)
         model.train(was_training)
         means = self._read(metrics)
+        self.health.judged(means, metric_key_prefix)
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
@@ -603,14 +645,28 @@ class DPOTrainer(Trainer):
             num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
         )
 
-    def _judged(self, stats: PairStats) -> MetricSums:
-        """Metrics of this rank's pairs, judged together with those of the other ranks: a data set is one step."""
-        values, mine = joined_over_ranks(self.accelerator, stacked(stats))
-        together = replace(unstacked(values, stats), baseline=self._baseline.mean())
+    def _judged(self, scored: Sequence[Any], baseline: Tensor | None) -> MetricSums:
+        """Metrics of this rank's rows; where losses couple them, together with those of the other ranks: a data set is one step."""
         metrics = MetricSums()
-        losses = self.method(together, self.config)[mine]
-        metrics.add(pair_metrics(stats, losses, self.beta), len(losses))
+        if not self.method.whole_step:
+            for stats in scored:
+                stats = stats if baseline is None else replace(stats, baseline=baseline)
+                metrics.add(self._metrics_of(stats))
+            return metrics
+        stats = joined(scored)
+        values, _ = joined_over_ranks(self.accelerator, stacked(stats))
+        running = self._baseline.mean()
+        together = replace(unstacked(values, stats), baseline=running)
+        sums = self._metrics_of(together)
+        if self.accelerator.is_main_process:  # of all ranks at once: the others add nothing
+            metrics.add(sums)
+        else:
+            metrics.add({name: torch.zeros_like(value) for name, value in sums.items()})
         return metrics
+
+    def _metrics_of(self, stats: Any) -> Sums:
+        losses, by_part = self.method(stats, self.config), self.method.part_losses(stats, self.config)
+        return stats_metrics(self.method, stats, losses, self.config, by_part)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed since the last log to a training log."""
@@ -618,10 +674,11 @@ class DPOTrainer(Trainer):
             self.references.check_still()
         if "loss" in logs and self._train_metrics.sums:
             means = self._read(self._train_metrics)
+            self.health.trained(means)
             logs |= {name: value for name, value in means.items() if name != "loss"}
             self._train_metrics = MetricSums()
         super().log(logs, start_time)
 
     def _read(self, metrics: MetricSums) -> dict[str, float]:
-        stacked = metrics.stacked(self.args.device)
-        return metrics.means(self.accelerator.reduce(stacked, "sum") if self.args.world_size > 1 else stacked)
+        sums = metrics.stacked()
+        return metrics.means(self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums)

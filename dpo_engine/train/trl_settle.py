@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import LOSSES
+from dpo_engine.losses.table import parameter_names
 from dpo_engine.train.trl_names import ALIAS, LOSS_TYPES, NO_EFFECT, ONLY, SAME, TRL_NAMES, TrlName
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def settle_names(config: Any) -> None:
                 raise both_given(row, given, own)
             setattr(config, row.to, ours)
             setattr(config, row.name, None)
-            say_once(_alias_line(row, given, ours, with_note=given != "sigmoid" or config.label_smoothing != 0))
+            say_once(_alias_line(row, given, ours, with_note=given != "sigmoid" or bool(config.label_smoothing)))
     was_said = vars(config).get("_defaults_said", False)  # what has no effect stays, and is seen again
     if is_of_trl and not was_said and (line := _defaults_line(config, fields)):
         say_once(line)
@@ -95,26 +96,22 @@ def plain(value: Any) -> Any:
 
 
 def _method(loss_type: Any) -> str:
-    """The method of TRL's `loss_type`, a name or a list of one."""
+    """The method, or mixture, of TRL's `loss_type`: a name or a list of names."""
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     names = [part.strip() for name in names for part in str(name).split(",")]
-    if len(names) != 1:
-        raise ConfigError(
-            f"loss_type={loss_type!r} (TRL's) is a sum of {len(names)} losses; expected one: the nearest to sigmoid with sft is "
-            "method dpo_nll" + ("" if "dpo_nll" in LOSSES else ", which is not built yet")
-        )
-    [name] = names
+    return "+".join(map(_method_of, names))
+
+
+def _method_of(name: str) -> str:
+    """The method of one of TRL's losses."""
     if name not in LOSS_TYPES:
         raise ConfigError(f"loss_type={name!r} is not one of TRL's; expected one of {', '.join(LOSS_TYPES)}, or method")
     found = LOSS_TYPES[name]
-    if found.method in LOSSES:
+    if found.method:
         return found.method
-    what = (
-        f"is method {found.method!r}, which is not built yet" if found.method else "has no method of the same formula"
-    )
     note = f" ({found.note})" if found.note else ""
     raise ConfigError(
-        f"loss_type={name!r} (TRL's) {what}{note}; the nearest that is: method {found.nearest!r}; "
+        f"loss_type={name!r} (TRL's) has no method of the same formula{note}; the nearest that is: method {found.nearest!r}; "
         f"expected one of {', '.join(sorted(LOSSES))}"
     )
 
@@ -122,7 +119,8 @@ def _method(loss_type: Any) -> str:
 def _alias_line(row: TrlName, given: Any, ours: Any, *, with_note: bool) -> str:
     note = row.note
     if row.name == "loss_type":
-        note = LOSS_TYPES[given if isinstance(given, str) else given[0]].note
+        names = [given] if isinstance(given, str) else given
+        note = " ".join(LOSS_TYPES[str(name)].note for name in names if str(name) in LOSS_TYPES).strip()
     return f"{row.name}={given!r} is TRL's name for {row.to}={ours!r}" + (f". {note}" if note and with_note else "")
 
 
@@ -139,7 +137,7 @@ def _defaults_line(config: Any, fields: dict[str, Any]) -> str:
 
 def differs(row: TrlName, default: Any) -> bool:
     """Whether our default means something else than TRL's."""
-    if row.name == "beta":  # None is 0.1 for the methods that both have
+    if row.name in parameter_names():  # None is TRL's for the methods that both have
         return False
     return bool(default != row.default)
 

@@ -24,7 +24,7 @@ def random_pairs(count: int, seed: int = 0, longest: int = 14) -> PairData:
         if chosen != rejected:
             origin = f"row {len(trees) + 1}"
             trees.append(TokenizedTree(prompt_ids=ids(), completions=(chosen, rejected), origin=origin))
-    rows = [PreferenceRow(prompt="p", chosen="c", rejected="r", origin=tree.origin) for tree in trees]
+    rows = [PreferenceRow(prompt="p", completions=("c", "r"), origin=tree.origin) for tree in trees]
     report = DataReport(source="random", format="random ids", rows_read=count, rows_used=count)
     return PairData(trees=trees, rows=rows, report=report)
 
