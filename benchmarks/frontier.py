@@ -1,23 +1,24 @@
-"""How much reward does a method get for how much KL? DPO, PPO with a learned reward and PPO with the true one, beside the exact frontier.
+"""How much reward does a method get for how much KL? DPO and PPO, with a learned and with the true reward, and the exact frontier.
 
     python benchmarks/frontier.py                       all of it: 3 seeds, under 15 minutes on two cores
     python benchmarks/frontier.py --seeds 0 --no_save   a look
 
-`frontier_world.py` says what is asked, `frontier_train.py` how it is trained. A point is a policy, some way along its training or at its
-end: KL(pi || ref) and E_pi[r], in expectation over all 1555 responses to each of the prompts; nothing is sampled. The frontier is that of
-pi* = ref * exp(r / beta) / Z over all beta: no policy has more reward at its KL.
+`frontier_world.py` says what is asked, `frontier_train.py` how it is trained. A point is a policy, along its training or at
+its end: KL(pi || ref) and E_pi[r], sums over all 1555 responses to each of the prompts; neither is sampled. The frontier is
+that of pi* = ref * exp(r / beta) / Z over all beta: no policy has more reward at its KL.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from harness import describe_machine, table, write_results
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 METHODS = {"dpo": "DPO", "ppo_learned": "PPO, learned reward", "ppo_true": "PPO, true reward"}
-BETAS = {"dpo": (0.03, 0.1, 0.3, 1.0, 3.0), "ppo_learned": (0.1, 0.3, 1.0, 3.0), "ppo_true": (0.1, 0.3, 1.0, 3.0)}
+BETAS = {"dpo": (0.03, 0.1, 0.3, 1.0, 3.0), "ppo_learned": (0.1, 0.3, 1.0), "ppo_true": (0.1, 0.3, 1.0)}
 KLS = (0.3, 0.9, 2.0, 4.0)  # where the methods are compared
 Record = dict[str, Any]
 _known: dict[str, Any] = {}  # in a worker: the world and the settings, which all jobs share
@@ -45,20 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = make_world(args.world, space, pretrain_steps=args.pretrain_steps)
     settings = Settings(epochs=args.epochs, rollouts=args.rollouts)
     frontier = world.frontier()
-    jobs = [(method, seed, args.pairs) for seed in args.seeds for method in ("ppo_learned", "dpo", "ppo_true")]
-    records = []
-    if args.processes == 1:
-        _remember(world, settings)
-        for job in jobs:
-            records += _said(run_job(job), frontier)
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.processes, context, initializer=_remember, initargs=(world, settings)) as pool:
-            for found in pool.map(run_job, jobs):
-                records += _said(found, frontier)
+    jobs = []
+    for seed in args.seeds:
+        jobs += [("ppo_learned", BETAS["ppo_learned"], seed, args.pairs)]  # of one reward model
+        jobs += [(method, (beta,), seed, args.pairs) for method in ("dpo", "ppo_true") for beta in BETAS[method]]
+    records, left_out = [], []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, context, initializer=_remember, initargs=(world, settings)) as pool:
+        running = {pool.submit(run_job, job): job for job in jobs}
+        for future in as_completed(running):
+            if time.perf_counter() - begin > args.limit_s:
+                left_out = [running[other][:3] for other in running if other.cancel()]
+            if not future.cancelled():
+                records += _said(future.result(), frontier)
     seconds = time.perf_counter() - begin
     shares = compared(records, frontier)
     print(shown(shares))
+    if left_out:
+        print(f"left out, for want of time: {left_out}")
     print(f"{len(records)} points in {seconds:.0f} s, {args.processes} processes of one thread")
     if not args.no_save:
         common = {
@@ -69,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pairs": args.pairs,
             "settings": vars(settings),
             "processes": args.processes,
+            "left_out": left_out,
             "seconds_in_all": round(seconds),
             "load_after": round(os.getloadavg()[0], 2),
         }
@@ -80,14 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_job(job: tuple[str, int, int]) -> list[Record]:
-    """Every beta of one method with one seed, which the pairs, their labels, their order and PPO's samples come from."""
+def run_job(job: tuple[str, Sequence[float], int, int]) -> list[Record]:
+    """Some betas of one method with one seed, which the pairs, their labels, their order and PPO's samples come from."""
     import torch
     from frontier_train import train_dpo, train_ppo, train_reward_model
     from frontier_world import sample_pairs
 
     torch.set_num_threads(1)
-    method, seed, count = job
+    method, betas, seed, count = job
     world, settings = _known["world"], _known["settings"]
     pairs = sample_pairs(world, count, seed)
     reward, reward_seconds = world.reward, 0.0
@@ -96,7 +102,7 @@ def run_job(job: tuple[str, int, int]) -> list[Record]:
         reward = train_reward_model(world, pairs, seed, settings)
         reward_seconds = time.perf_counter() - begin
     records = []
-    for beta in BETAS[method]:
+    for beta in betas:
         begin, cpu_begin = time.perf_counter(), time.process_time()
         if method == "dpo":
             run = train_dpo(world, pairs, beta, seed, settings)
@@ -128,8 +134,8 @@ def run_job(job: tuple[str, int, int]) -> list[Record]:
 def compared(records: Iterable[Record], frontier: Sequence[tuple[float, float]]) -> list[Record]:
     """The share of the frontier's reward that each method has at each of `KLS`, by seed.
 
-    A method's reward at a KL is that of the upper concave hull of its points with that seed and of the reference, (0, 0): a mixture of two
-    policies has the mean of their rewards, and at most the mean of their KLs. None beyond its largest KL.
+    A method's reward at a KL is that of the upper concave hull of its points with that seed and of the reference, (0, 0): a mixture
+    of two policies has the mean of their rewards, and at most the mean of their KLs. None beyond its largest KL.
     """
     records = list(records)
     found = []
@@ -162,7 +168,7 @@ def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]
 
 def at(kl: float, line: Sequence[tuple[float, float]]) -> float | None:
     """A line's height at `kl`, straight between its points; None where it has ended."""
-    for (x0, y0), (x1, y1) in zip(line[:-1], line[1:], strict=True):
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
         if x0 <= kl <= x1:
             return y0 + (y1 - y0) * (kl - x0) / (x1 - x0)
     return None
@@ -256,6 +262,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=3, help="over the pairs, of DPO and of the reward model")
     parser.add_argument("--rollouts", type=int, default=45, help="times that PPO samples")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--limit_s", type=float, default=840, help="no run is begun after this; it is said which are left out"
+    )
     parser.add_argument("--no_save", action="store_true", help="print only")
     return parser
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from frontier_world import PROMPT_LENGTH, Pairs, Space, World, response_logps
+from frontier_world import END, PROMPT_LENGTH, Pairs, World, response_logps
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -104,8 +104,7 @@ def train_reward_model(world: World, pairs: Pairs, seed: int, settings: Settings
 def train_ppo(world: World, reward: Tensor, beta: float, seed: int, settings: Settings) -> Points:
     """PPO on `reward - beta * log(pi / ref)`, (P, R): clipped ratios by token, one advantage for a whole response.
 
-    The baseline, in place of a value network, is the mean over the other responses to the same prompt. Responses are sampled from the
-    policy's exact probabilities.
+    The baseline, in place of a value network, is the mean over the other responses to the same prompt.
     """
     space = world.space
     policy = copy.deepcopy(world.reference).train()
@@ -115,21 +114,36 @@ def train_ppo(world: World, reward: Tensor, beta: float, seed: int, settings: Se
     prompt_ids, each = torch.tensor(space.prompts), settings.sampled // len(space.prompts)
     prompts = torch.arange(len(space.prompts)).repeat_interleave(each)
     update = 0
+    by_code = torch.zeros((space.letters + 1) ** space.longest, dtype=torch.long)  # letters as digits -> response
+    powers = (space.letters + 1) ** torch.arange(space.longest - 1, -1, -1)
+    by_code[(space.tokens * powers).sum(-1)] = torch.arange(len(space.responses))
 
     def token_logps(rows: Tensor, responses: Tensor) -> Tensor:
         ids = torch.cat([prompt_ids[rows], space.tokens[responses, :-1]], 1)
         logits = policy(input_ids=ids, use_cache=False).logits[:, PROMPT_LENGTH - 1 :]
         return logits.log_softmax(-1).gather(-1, space.tokens[responses][..., None])[..., 0]
 
+    def sample() -> Tensor:
+        """(N,) responses, drawn token by token from the policy as it is."""
+        rows, ended, found = prompt_ids[prompts], torch.zeros(len(prompts), dtype=torch.bool), torch.zeros_like(prompts)
+        with torch.no_grad():
+            for _ in range(space.longest):
+                logits = policy(input_ids=rows, use_cache=False).logits[:, -1]
+                following = torch.multinomial(logits.softmax(-1), 1, generator=draw)[:, 0].masked_fill(ended, END)
+                ended |= following == END
+                rows = torch.cat([rows, following[:, None]], 1)
+                found = found * (space.letters + 1) + following
+        return by_code[found]
+
     for _ in range(settings.rollouts):
-        logps = response_logps(policy, space)
-        responses = torch.multinomial(logps.exp(), each, replacement=True, generator=draw).flatten()
-        gained = (reward - beta * (logps - world.reference_logps))[prompts, responses].view(-1, each)
-        advantage = (gained - (gained.sum(-1, keepdim=True) - gained) / (each - 1)).flatten()
-        advantage = (advantage / advantage.std().clamp(min=1e-8)).float()
+        responses = sample()
+        counts = space.is_token[responses]
         with torch.no_grad():
             before = token_logps(prompts, responses)
-        counts = space.is_token[responses]
+        log_ratio = (before * counts).sum(-1) - world.reference_logps[prompts, responses]
+        gained = (reward[prompts, responses] - beta * log_ratio).view(-1, each)
+        advantage = (gained - (gained.sum(-1, keepdim=True) - gained) / (each - 1)).flatten()
+        advantage = (advantage / advantage.std().clamp(min=1e-8)).float()
         for _ in range(settings.passes):
             for rows in torch.randperm(len(prompts), generator=draw).split(2 * settings.batch):
                 ratio = (token_logps(prompts[rows], responses[rows]) - before[rows]).exp()
