@@ -96,14 +96,14 @@ def test_losses_and_gradients_are_those_of_whole_steps_in_plain_torch(tmp_path: 
         max_steps=3, callbacks=[seen], **SPLITS[split],
     )  # fmt: skip
     prepared = list(run.train_dataset)
-    naive = train_naively(
-        run.method, run.config, policy, reference, [prepared[i : i + 8] for i in (0, 8, 16)], lr=1e-2
-    )
+    naive = train_naively(run.method, run.config, policy, reference, [prepared[i : i + 8] for i in (0, 8, 16)], lr=1e-2)
     run.train()
     assert logged(run) == pytest.approx(naive.losses, rel=2e-5)
     assert_same_gradients(seen.steps, naive.gradients)
     if case == "kto":
-        assert max(naive.baselines) > 1 and logged(run, "kl/baseline") == pytest.approx(naive.baselines, rel=1e-4, abs=1e-4)
+        assert max(naive.baselines) > 1 and logged(run, "kl/baseline") == pytest.approx(
+            naive.baselines, rel=1e-4, abs=1e-4
+        )
 
 
 def success(case: str, run: DPOTrainer) -> tuple[float, float]:
