@@ -145,7 +145,7 @@ def test_a_resumed_run_goes_on_with_the_running_mean_of_its_checkpoint(tmp_path:
     whole.train()
     resumed, _ = trainer(tmp_path, data, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed._baseline.count == whole._baseline.count == 32
+    assert resumed.judge.running.count == whole.judge.running.count == 32
     assert logged(resumed) == logged(whole)
     forgetful, _ = trainer(tmp_path, data, **settings)
     forgetful.restore_run = lambda _: None  # type: ignore[method-assign]
