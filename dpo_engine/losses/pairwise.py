@@ -285,8 +285,8 @@ def discopop_loss(
         arXiv:2406.08414, eq. 5 (log-ratio modulated loss).
     """
     z = beta * ((policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps))
-    m = torch.sigmoid(z / discopop_tau)
-    return (1 - m) * -logsigmoid(z) + m * torch.exp(-z)
+    logistic = torch.sigmoid(-z / discopop_tau) * -logsigmoid(z)
+    return logistic + torch.exp(logsigmoid(z / discopop_tau) - z)  # one exponent: m may be 0 where exp(-z) is infinite
 
 
 def f_dpo_loss(
