@@ -40,7 +40,7 @@ def dpo_loss(
         log 2 where policy and reference agree.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing from Mitchell 2023, "A note on DPO with noisy
-        preferences", eq. 3.
+        preferences", eq. 3; of means over tokens in place of sums, Lambert et al. 2024, Tulu 3, arXiv:2411.15124.
     """
     h = (policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps)
     return _smoothed(beta * h, label_smoothing)
