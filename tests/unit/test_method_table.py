@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import itertools
 import logging
 import math
 import re
@@ -357,15 +356,16 @@ def test_a_plain_method_has_no_parts() -> None:
 PAIRWISE = [name for name in NAMES if name not in ("kto", "plackett_luce", "tr_dpo")]
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(PAIRWISE, 2)))
-def test_a_mixture_needs_what_its_parts_need_together(first: str, second: str) -> None:
-    one, two, mixed = LOSSES[first], LOSSES[second], get_method(f"{first}+{second}")
-    for flag in ("needs_reference", "public_part", "token_kl", "moving_reference", "mismatched", "whole_step"):
-        assert getattr(mixed, flag) == (getattr(one, flag) or getattr(two, flag)), flag
-    assert set(mixed.extras) == {*one.extras, *two.extras}
-    assert mixed.uses == one.uses | two.uses
-    assert (mixed.baseline is None) == ("bco" not in (first, second))
-    assert mixed.known_beforehand == (mixed.needs_reference and not mixed.token_kl)
+@pytest.mark.parametrize("first", PAIRWISE)
+def test_a_mixture_needs_what_its_parts_need_together(first: str) -> None:
+    for second in set(PAIRWISE) - {first}:
+        one, two, mixed = LOSSES[first], LOSSES[second], get_method(f"{first}+{second}")
+        for flag in ("needs_reference", "public_part", "token_kl", "moving_reference", "mismatched", "whole_step"):
+            assert getattr(mixed, flag) == (getattr(one, flag) or getattr(two, flag)), (second, flag)
+        assert set(mixed.extras) == {*one.extras, *two.extras}
+        assert mixed.uses == one.uses | two.uses
+        assert (mixed.baseline is None) == ("bco" not in (first, second))
+        assert mixed.known_beforehand == (mixed.needs_reference and not mixed.token_kl)
 
 
 def test_a_mixtures_running_mean_is_that_of_the_part_that_has_one() -> None:
