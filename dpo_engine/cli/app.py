@@ -71,6 +71,7 @@ def doctor(
 def inspect(
     data: Annotated[str, typer.Argument(help="What `dpo-engine train` is given as data: a file or a hub dataset id.")],
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template: folder, hub id or smollm2.")],
+    method: Annotated[str, typer.Option(help="The method that would train: it decides what rows must be.")] = "dpo",
     split: Annotated[str, typer.Option("--data_split", "--data-split", "--split", help="Of a hub dataset.")] = "train",
     max_length: Annotated[str, _both("--max_length", "Most tokens of a prompt and a completion, or none.")] = "1024",
     truncation: Annotated[str, typer.Option(help="keep_start, keep_end, drop or error.")] = "keep_start",
@@ -94,6 +95,7 @@ def inspect(
     options = InspectOptions(
         data=data,
         model=model,
+        method=method,
         split=split,
         max_length=max_length,
         truncation=truncation,

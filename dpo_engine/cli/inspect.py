@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from dpo_engine.data import TokenizedTree, check_source, load_pairs, load_row
-from dpo_engine.data.inspection import ModelCost, inspect_pairs
+from dpo_engine.data.inspection import ModelCost, completion_names, inspect_pairs
+from dpo_engine.data.mismatched import with_mismatched
 from dpo_engine.data.token_view import Piece, token_pieces, visible
 from dpo_engine.errors import ConfigError
+from dpo_engine.losses.table import get_method
 from dpo_engine.model.loading import check_model, load_tokenizer, resolve_model
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _SCORED = ("black on green", "black on cyan")  # in turn, so that boundaries show
-_NAMES = ("chosen", "rejected")
+
+KIND_OF_METHOD = {"kto": "unpaired", "plackett_luce": "ranked"}
+"""What a method trains on; the others on pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class InspectOptions:
 
     data: str
     model: str
+    method: str
     split: str
     max_length: str
     """A number of tokens, or none."""
@@ -51,7 +56,15 @@ class InspectOptions:
             "truncation": self.truncation,
             "chat_template": self.chat_template,
             "skip_bad_rows": self.skip_bad_rows,
+            "method": self.method,
+            "kind": self.kind(),
         }
+
+    def kind(self) -> str:
+        """What the method trains on."""
+        if self.method not in KIND_OF_METHOD:
+            get_method(self.method)
+        return KIND_OF_METHOD.get(self.method, "pairs")
 
 
 def inspect_command(options: InspectOptions, *, row: int | None, ids: bool, as_json: bool) -> None:
@@ -68,9 +81,17 @@ def inspect_command(options: InspectOptions, *, row: int | None, ids: bool, as_j
     out = sys.stderr if as_json else sys.stdout
     reading = options.reading()
     if row is None:
-        source = check_source(options.data, split=options.split, skip_bad_rows=options.skip_bad_rows)
+        source = check_source(
+            options.data,
+            split=options.split,
+            skip_bad_rows=options.skip_bad_rows,
+            method=options.method,
+            kind=options.kind(),
+        )
         config, path, tokenizer = _model(options.model)
         data = load_pairs(source, tokenizer, limit=options.max_pairs, **reading)
+        if options.kind() == "unpaired":
+            data = replace(data, trees=with_mismatched(data.trees, reading["max_length"]))
         found = inspect_pairs(data, batch_size=options.batch_size, seed=options.seed)
         cost = model_cost(config)
         print(*data.report.lines(), "", *found.lines(cost), sep="\n", file=out)
@@ -144,7 +165,7 @@ def _sections(tree: TokenizedTree, tokenizer: PreTrainedTokenizerBase) -> dict[s
     prompt = token_pieces(tokenizer, tree.prompt_ids, [False] * len(tree.prompt_ids))
     completions = {
         name: token_pieces(tokenizer, ids, mask, before=tree.prompt_ids)
-        for name, ids, mask in zip(_NAMES, tree.completions, tree.scored_masks, strict=True)
+        for name, ids, mask in zip(completion_names(tree), tree.completions, tree.scored_masks, strict=True)
     }
     return {"prompt": prompt} | completions
 

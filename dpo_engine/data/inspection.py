@@ -1,6 +1,7 @@
 """What will training on this data compute? Counts that follow from the lengths of its prompts and completions alone.
 
-    padded    today's trainers: B pairs are a rectangle of 2B rows, every prompt twice, as wide as the batch's longest
+    padded    today's trainers: B pairs are a rectangle of 2B rows, every prompt twice, as wide as the batch's longest (B trees of K
+              completions each one of K · B rows)
     packed    every completion behind a copy of its prompt, end to end, without its last token (which predicts nothing)
     shared    every prompt once, then its completions without their last tokens, end to end
 
@@ -64,14 +65,37 @@ class ModelCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Labels:
+    """How many completions are good, and what each class should weigh."""
+
+    desirable: int
+    undesirable: int
+    desirable_weight: float
+    undesirable_weight: float
+    """As `suggested_weights` says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """How long are the ranked lists?"""
+
+    completions: dict[int, int]
+    """Completions of a prompt -> how many prompts have so many."""
+    with_ties: int
+    """Lists in which two completions or more are of one rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspection:
     """What `inspect_pairs` found."""
 
     pairs: int
+    """Trees: pairs, labelled completions or ranked lists."""
     batch_size: int
-    """Pairs in a padded rectangle."""
+    """Trees in a padded rectangle."""
     lengths: dict[str, LengthStats]
-    """Of "prompt", "chosen" and "rejected"."""
+    """Of "prompt", and of pairs "chosen" and "rejected", of labelled completions "desirable" and "undesirable" where there are
+    some, of ranked lists "best" and "others"."""
     scored_tokens: int
     prompt_share: float
     """Prompt tokens / all tokens, every completion behind a copy of its prompt, in [0, 1]."""
@@ -81,6 +105,15 @@ class Inspection:
     layouts: dict[str, LayoutCost]
     padding: float
     """Share of the rectangles' positions that are padding, in [0, 1]."""
+    labels: Labels | None = None
+    """Of labelled completions."""
+    lists: Lists | None = None
+    """Of ranked lists."""
+
+    @property
+    def trees_are(self) -> str:
+        """What to call the trees."""
+        return "rows" if self.labels else "lists" if self.lists else "pairs"
 
     def saved(self, layout: str) -> float:
         """Share of the rectangles' positions that `layout` does not compute, in [0, 1]."""
@@ -118,21 +151,27 @@ class Inspection:
             yield f"{name:<12}{stats.least:>8}{stats.mean:>9.1f}{stats.median:>9g}{stats.p95:>8}{stats.most:>8}"
         for name, stats in self.lengths.items():
             yield ""
-            yield f"{name}: tokens, {'pairs' if name == 'prompt' else 'completions'}"
+            yield f"{name}: tokens, {self.trees_are if name == 'prompt' else 'completions'}"
             yield from _bars(stats)
         yield ""
+        yield from self._judgements()
         yield (
             f"{self.prompt_share:.1%} of the tokens are prompt (each prompt counted once for each completion); "
             f"{self.scored_tokens:,} are scored"
         )
         if self.repeated_prompts:
             prompts = "1 prompt occurs" if self.repeated_prompts == 1 else f"{self.repeated_prompts} prompts occur"
-            yield f"{prompts} in more than one pair, in {self.pairs_with_repeated_prompts} pairs together"
+            each = self.trees_are.removesuffix("s")
+            yield f"{prompts} in more than one {each}, in {self.pairs_with_repeated_prompts} {self.trees_are} together"
         yield ""
-        rows = 2 * self.batch_size
-        yield f"tokens computed in one epoch of {self.pairs} pairs"
+        if self.labels:
+            yield "each row is computed with another prompt's completion besides, for the baseline"
+        yield f"tokens computed in one epoch of {self.pairs} {self.trees_are}"
+        held = f"{self.batch_size} {self.trees_are}"
+        if self.trees_are == "pairs":
+            held = f"{2 * self.batch_size} rows ({held})"
         remarks = {
-            "padded": f"rectangles of {rows} rows ({self.batch_size} pairs), as today's trainers; {self.padding:.1%} padding",
+            "padded": f"rectangles of {held}, as today's trainers; {self.padding:.1%} padding",
             "packed": f"{self.saved('packed'):.1%} saved: no padding",
             "shared": f"{self.saved('shared'):.1%} saved: no padding, every prompt once",
         }
@@ -147,14 +186,33 @@ class Inspection:
             f"{model.per_scored:.3g} a scored token)"
         )
 
+    def _judgements(self) -> Iterator[str]:
+        """Lines about labels or ranks, if there are some."""
+        if self.labels:
+            good, bad = self.labels.desirable, self.labels.undesirable
+            yield f"{good} {'completion is' if good == 1 else 'completions are'} desirable, {bad} undesirable"
+            if good and bad:
+                # rounded so that what is copied from here is still within the bounds
+                weights = (
+                    math.ceil(self.labels.desirable_weight * 1e3),
+                    math.floor(self.labels.undesirable_weight * 1e3),
+                )
+                yield (
+                    f"class weights that even this out: desirable_weight {weights[0] / 1e3:g}, undesirable_weight "
+                    f"{weights[1] / 1e3:g} (KTO asks for desirable_weight · {good} / (undesirable_weight · {bad}) in [1, 4/3])"
+                )
+        if self.lists:
+            counts = ", ".join(f"{many} of {few}" for few, many in self.lists.completions.items())
+            yield f"completions in a list: {counts}; {self.lists.with_ties} with ties"
+
 
 def inspect_pairs(data: PairData, *, batch_size: int, seed: int) -> Inspection:
     """Count what training on `data` takes.
 
     Args:
-        data: at least one tokenised pair.
-        batch_size: pairs in a micro-batch, `per_device_train_batch_size`.
-        seed: of the run; it decides which pairs share a rectangle.
+        data: at least one tree; with its completion for the baseline, if training computes one (`with_mismatched`).
+        batch_size: trees in a micro-batch, `per_device_train_batch_size`.
+        seed: of the run; it decides which trees share a rectangle.
 
     Raises:
         ConfigError: `batch_size` is below 1.
@@ -176,17 +234,37 @@ def inspect_pairs(data: PairData, *, batch_size: int, seed: int) -> Inspection:
         pairs=len(trees),
         batch_size=batch_size,
         lengths={"prompt": length_stats(prompts)}
-        | {
-            name: length_stats([len(tree.completions[index]) for tree in trees])
-            for index, name in enumerate(("chosen", "rejected"))
-        },
+        | {name: length_stats(lengths) for name, lengths in _completion_lengths(trees).items() if lengths},
         scored_tokens=sum(sum(mask) for tree in trees for mask in tree.scored_masks),
         prompt_share=sum(len(tree.completions) * len(tree.prompt_ids) for tree in trees) / real,
         repeated_prompts=len(repeats),
         pairs_with_repeated_prompts=sum(repeats),
         layouts=layouts,
         padding=1 - real / layouts["padded"].tokens,
+        labels=_labels(trees),
+        lists=_lists(trees),
     )
+
+
+def suggested_weights(n_desirable: int, n_undesirable: int) -> tuple[float, float]:
+    """`(desirable_weight, undesirable_weight)` under which the two classes count alike; the larger one keeps 1.
+
+        desirable_weight · n_desirable / (undesirable_weight · n_undesirable)  =  1, and never below it by rounding
+
+    Without one of the classes nothing can be evened out: (1, 1).
+
+    Source: KTO (arXiv:2402.01306), eq. 8, which asks for a ratio in [1, 4/3].
+    """
+    if not n_desirable or not n_undesirable:
+        return 1.0, 1.0
+    desirable = max(1.0, n_undesirable / n_desirable)
+    undesirable = max(1.0, n_desirable / n_undesirable)
+    while desirable * n_desirable / (undesirable * n_undesirable) < 1:  # by a rounding error
+        if n_desirable < n_undesirable:
+            desirable = math.nextafter(desirable, math.inf)
+        else:
+            undesirable = math.nextafter(undesirable, 0.0)
+    return desirable, undesirable
 
 
 def training_order(count: int, seed: int) -> list[int]:
@@ -226,6 +304,54 @@ def _round_width(width: float) -> int:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
 
 
+def completion_names(tree: TokenizedTree) -> list[str]:
+    """What to call each completion of a tree, whose names are all different."""
+    own = len(tree.completions) - tree.mismatched
+    if tree.ranks is not None:
+        names = [f"completion {number}, rank {rank}" for number, rank in enumerate(tree.ranks, start=1)]
+    elif tree.desirable is not None:
+        names = ["desirable" if is_good else "undesirable" for is_good in tree.desirable]
+    else:
+        names = ["chosen", "rejected"][:own]
+    return names + ["mismatched"] * tree.mismatched
+
+
+def _completion_lengths(trees: Sequence[TokenizedTree]) -> dict[str, list[int]]:
+    """Lengths of the rows' own completions, by what they are to training."""
+    found: dict[str, list[int]]
+    if trees[0].ranks is not None:
+        found = {"best": [], "others": []}
+    else:
+        found = (
+            {"desirable": [], "undesirable": []} if trees[0].desirable is not None else {"chosen": [], "rejected": []}
+        )
+    first, second = found
+    for tree in trees:
+        good = tree.desirable or [not place for place in range(len(tree.completions))]
+        for is_good, ids in zip(good, tree.completions, strict=False):
+            found[first if is_good else second].append(len(ids))
+    return found
+
+
+def _labels(trees: Sequence[TokenizedTree]) -> Labels | None:
+    labels = [label for tree in trees for label in tree.desirable or ()]
+    if not labels:
+        return None
+    good, bad = sum(labels), len(labels) - sum(labels)
+    weights = suggested_weights(good, bad)
+    return Labels(desirable=good, undesirable=bad, desirable_weight=weights[0], undesirable_weight=weights[1])
+
+
+def _lists(trees: Sequence[TokenizedTree]) -> Lists | None:
+    ranked = [tree.ranks for tree in trees if tree.ranks is not None]
+    if not ranked:
+        return None
+    counts = Counter(map(len, ranked))
+    return Lists(
+        completions=dict(sorted(counts.items())), with_ties=sum(len(set(ranks)) < len(ranks) for ranks in ranked)
+    )
+
+
 def _shared(trees: Sequence[TokenizedTree]) -> LayoutCost:
     """The first completion attends together with its prompt, each other one over the prompt and itself."""
     tokens = attended = 0
@@ -242,7 +368,7 @@ def _cost(lengths: Sequence[int]) -> LayoutCost:
 
 
 def _padded(sequences: Sequence[Sequence[int]], batch_size: int) -> LayoutCost:
-    """Rectangles of `batch_size` pairs each, in the given order; the last may be lower."""
+    """Rectangles of `batch_size` trees each, in the given order; the last may be lower."""
     widths = []
     for start in range(0, len(sequences), batch_size):
         rows = [length for lengths in sequences[start : start + batch_size] for length in lengths]

@@ -69,8 +69,8 @@ def with_mismatched(trees: Sequence[TokenizedTree], max_length: int | None) -> l
         )
     if dropped := sum(tree.reference_logps is not None for tree in trees):
         logger.warning(
-            "%d %s log-probs of the reference, but not that of another prompt's answer behind their prompt, which the baseline needs; "
-            "theirs are not used, and all are computed",
+            "%d %s log-probs of the reference, but none of another prompt's answer, which the baseline needs: theirs are not used, "
+            "and all are computed",
             dropped,
             "row brings" if dropped == 1 else "rows bring",
         )
@@ -93,7 +93,7 @@ Lent = tuple[list[int], list[bool] | None]
 
 def _lent(tree: TokenizedTree, key: bytes) -> Lent:
     """The completion that a row gives."""
-    which = key[0] % len(tree.completions)
+    which = key[-1] % len(tree.completions)
     return tree.completions[which], None if tree.scored is None else tree.scored[which]
 
 

@@ -266,3 +266,49 @@ def test_predicted_arithmetic_is_what_a_counter_of_operations_counts(name: str) 
             model(input_ids=torch.arange(length)[None] % 90, use_cache=False)
         expected = cost.per_token * length + cost.per_attended * length**2 + cost.per_scored * length
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_labelled_completions_are_inspected_for_kto_with_their_baseline(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"where is the {n}", "completion": "on the mat", "label": n % 4 == 0} for n in range(20)]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    code, out, err = run(monkeypatch, capsys, path, "--model", model_folder)
+    assert code == 2 and out == "" and "method 'dpo' needs pairs; set method: kto" in err
+    code, out, err = run(monkeypatch, capsys, path, "--model", model_folder, "--method", "kto", "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["labels"] == {
+        "desirable": 5, "undesirable": 15, "desirable_weight": 3.0, "undesirable_weight": 1.0
+    }  # fmt: skip
+    trees = load_pairs(path, small_tokenizer(chat_template=CHATML), max_length=None, kind="unpaired").trees
+    assert found["scored_tokens"] == sum(2 * len(tree.completions[0]) for tree in trees)  # all alike, so all lent alike
+    assert "each row is computed with another prompt's completion besides" in err and found["rows_used"] == 20
+    code, out, _ = run(monkeypatch, capsys, path, "--model", model_folder, "--method", "kto", "--row", "2")
+    assert code == 0 and "\nundesirable: " in out and "chosen" not in out
+    code, out, err = run(monkeypatch, capsys, path, "--model", model_folder, "--method", "ktoo")
+    assert code == 2 and "method='ktoo' is not known" in err
+
+
+def test_ranked_lists_are_inspected_with_their_lengths_and_ties(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": "where is it", "completions": ["on the mat", "no", "the cat"], "scores": [1, 3, score]}
+        for score in (1, 2, 3)
+    ]
+    path = tmp_path / "lists.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for method in ("plackett_luce", "dpo"):
+        code, out, err = run(monkeypatch, capsys, path, "--model", model_folder, "--method", method, "--json")
+        assert code == 0, err
+        found = json.loads(out.splitlines()[-1])
+        assert found["lists"] == {"completions": {"3": 3}, "with_ties": 2} and found["labels"] is None
+        assert "ranked lists by scores (higher is better)" in found["format"]
+    code, out, _ = run(monkeypatch, capsys, path, "--model", model_folder, "--row", "1")
+    assert code == 0
+    heads = [part.splitlines()[0].split(":")[0] for part in out.split("\n\n")[1:]]
+    assert heads == ["prompt", "completion 1, rank 0", "completion 2, rank 1", "completion 3, rank 1"]
+    code, _, err = run(monkeypatch, capsys, path, "--model", model_folder, "--method", "kto")
+    assert code == 2 and "method 'kto' needs completions that are labelled" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 
 from dpo_engine.batch import ForestCollator
 from dpo_engine.data import DataReport, PairData, PreferenceRow, TokenizedTree
-from dpo_engine.data.inspection import LAYOUTS, LayoutCost, ModelCost, inspect_pairs, length_stats, training_order
+from dpo_engine.data.inspection import (
+    LAYOUTS,
+    LayoutCost,
+    ModelCost,
+    inspect_pairs,
+    length_stats,
+    suggested_weights,
+    training_order,
+)
+from dpo_engine.data.mismatched import with_mismatched
 from dpo_engine.errors import ConfigError
 from support.tiny_pairs import random_pairs
 
@@ -129,3 +139,73 @@ def test_the_numbers_are_plain_json_and_the_lines_hold_them() -> None:
 def test_a_batch_of_no_pairs_is_refused() -> None:
     with pytest.raises(ConfigError, match="per_device_train_batch_size=0 is out of range; expected at least 1"):
         inspect_pairs(_pairs((1, 1, 2)), batch_size=0, seed=0)
+
+
+@given(good=st.integers(1, 10**7), bad=st.integers(1, 10**7))
+def test_suggested_weights_even_out_the_classes_within_the_bounds_and_leave_the_larger_alone(
+    good: int, bad: int
+) -> None:
+    desirable, undesirable = suggested_weights(good, bad)
+    ratio = desirable * good / (undesirable * bad)
+    assert 1 <= ratio <= 1 + 1e-12
+    assert (desirable if good >= bad else undesirable) == 1.0 and min(desirable, undesirable) == 1.0
+
+
+def test_without_one_of_the_classes_there_is_nothing_to_even_out() -> None:
+    assert suggested_weights(5, 0) == suggested_weights(0, 5) == suggested_weights(7, 7) == (1.0, 1.0)
+    assert suggested_weights(100, 25) == (1.0, 4.0) and suggested_weights(25, 100) == (4.0, 1.0)
+
+
+def _labelled(good: int, bad: int) -> PairData:
+    trees = [
+        TokenizedTree(
+            prompt_ids=[n, 1], completions=([2] * (3 if n < good else 5),), origin=f"row {n}", desirable=(n < good,)
+        )
+        for n in range(good + bad)
+    ]
+    rows = [
+        PreferenceRow(prompt="p", completions=("c",), origin=tree.origin, desirable=tree.desirable) for tree in trees
+    ]
+    report = DataReport(source="here", format="ids", rows_read=len(trees), rows_used=len(trees))
+    return PairData(trees=trees, rows=rows, report=report)
+
+
+def test_labelled_completions_are_counted_by_class_with_weights_that_can_be_copied() -> None:
+    data = _labelled(3, 7)
+    found = inspect_pairs(data, batch_size=2, seed=0)
+    assert set(found.lengths) == {"prompt", "desirable", "undesirable"}
+    assert (found.lengths["desirable"].mean, found.lengths["undesirable"].mean) == (3, 5)
+    text = "\n".join(found.lines(MODEL))
+    assert "3 completions are desirable, 7 undesirable" in text
+    # rounded up, or the ratio would be below 1
+    assert (
+        "desirable_weight 2.334, undesirable_weight 1 (KTO asks for desirable_weight · 3 / (undesirable_weight · 7)"
+        in text
+    )
+    numbers = json.loads(json.dumps(found.numbers(MODEL)))
+    assert numbers["labels"]["desirable"] == 3 and numbers["lists"] is None
+    assert numbers["labels"]["desirable_weight"] == pytest.approx(7 / 3)
+    with_baseline = replace(data, trees=with_mismatched(data.trees, None))
+    trained = inspect_pairs(with_baseline, batch_size=2, seed=0)
+    assert trained.lengths == found.lengths and trained.labels == found.labels
+    assert trained.scored_tokens == 2 * found.scored_tokens  # every completion is lent once
+    assert trained.layouts["packed"].tokens == 2 * found.layouts["packed"].tokens
+    assert set(inspect_pairs(_labelled(2, 0), batch_size=1, seed=0).lengths) == {"prompt", "desirable"}
+
+
+def test_ranked_lists_are_counted_by_their_length_and_ties() -> None:
+    lists = [(0, 1), (0, 1, 1), (0, 0, 1), (0, 1, 2)]
+    trees = [
+        TokenizedTree(
+            prompt_ids=[1, 2], completions=tuple([9] * (n + 1) for n in range(len(ranks))), origin="row", ranks=ranks
+        )
+        for ranks in lists
+    ]
+    rows = [PreferenceRow(prompt="p", completions=("c",) * len(ranks), origin="row", ranks=ranks) for ranks in lists]
+    report = DataReport(source="here", format="ids", rows_read=4, rows_used=4)
+    found = inspect_pairs(PairData(trees=trees, rows=rows, report=report), batch_size=2, seed=0)
+    assert found.lists is not None and found.lists.completions == {2: 1, 3: 3} and found.lists.with_ties == 2
+    assert found.lengths["best"].most == 1 and (found.lengths["others"].least, found.lengths["others"].most) == (2, 3)
+    text = "\n".join(found.lines(MODEL))
+    assert "completions in a list: 1 of 2, 3 of 3; 2 with ties" in text and "one epoch of 4 lists" in text
+    assert found.layouts["shared"].tokens == sum(2 + sum(range(len(ranks))) for ranks in lists)
