@@ -27,7 +27,8 @@ from harness import describe_machine, table, write_results
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 METHODS = {"dpo": "DPO", "ppo_learned": "PPO, learned reward", "ppo_true": "PPO, true reward"}
-BETAS = {"dpo": (0.03, 0.1, 0.3, 1.0, 3.0), "ppo_learned": (0.1, 0.3, 1.0), "ppo_true": (0.1, 0.3, 1.0)}
+_PPO_BETAS = (0.1, 0.3, 0.6, 1.0, 3.0)
+BETAS = {"dpo": (0.03, 0.1, 0.3, 1.0, 3.0), "ppo_learned": _PPO_BETAS, "ppo_true": _PPO_BETAS}
 KLS = (0.3, 0.9, 2.0, 4.0)  # where the methods are compared
 Record = dict[str, Any]
 _known: dict[str, Any] = {}  # in a worker: the world and the settings, which all jobs share
@@ -259,8 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--longest", type=int, default=4, help="letters of a response; 4 make 1555 responses")
     parser.add_argument("--pairs", type=int, default=20_000)
     parser.add_argument("--pretrain_steps", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=3, help="over the pairs, of DPO and of the reward model")
-    parser.add_argument("--rollouts", type=int, default=45, help="times that PPO samples")
+    parser.add_argument("--epochs", type=int, default=5, help="over the pairs, of DPO and of the reward model")
+    parser.add_argument("--rollouts", type=int, default=60, help="times that PPO samples")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--limit_s", type=float, default=840, help="no run is begun after this; it is said which are left out"

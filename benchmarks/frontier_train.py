@@ -23,13 +23,13 @@ Points = Iterator[tuple[int, Tensor]]
 class Settings:
     """How much is trained, alike for all methods where it can be."""
 
-    epochs: int = 3
+    epochs: int = 5
     """Of DPO and of the reward model, over the pairs."""
     batch: int = 128
     """Pairs of a DPO or reward model update; half the responses of a PPO update."""
     learning_rate: float = 2e-3
     """The highest; of Adam, after a warm-up of 10 updates, down to 0 along half a cosine. All methods, the reward model too."""
-    rollouts: int = 45
+    rollouts: int = 60
     """Times that PPO samples."""
     sampled: int = 512
     """Responses that it samples each time."""

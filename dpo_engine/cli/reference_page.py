@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments, __version__
 
 from dpo_engine.train.config import DPOConfig
+from dpo_engine.train.method_arguments import MethodArguments
 from dpo_engine.train.run import TrainConfig
 from dpo_engine.train.trl_names import SAME, TRL_NAMES
 
@@ -21,11 +22,12 @@ _HEAD = """# Every key of a run
 <!-- Written by `python -m dpo_engine.cli.reference_page`; a test holds this page to the configuration. -->
 
 Keys of the YAML file that `dpo-engine train` takes, and its flags (`--key value`), are the fields of one configuration;
-flags win over the file. `DPOConfig` has the second and third table as arguments. A key that is not here is refused, with
+flags win over the file. `DPOConfig` has all tables but the first as arguments. A key that is not here is refused, with
 the nearest that is; TRL's names are taken too, and have [a page of their own](trl-differences.md). Where the default reads
 "none", the text says what that means."""
 _TITLES = {
     TrainConfig: "Of the command: model, data, adapters, output",
+    MethodArguments: "Of the method",
     DPOConfig: "Of the trainer",
     TrainingArguments: f"From `transformers.TrainingArguments`, as version {__version__} has them",
 }
@@ -34,7 +36,7 @@ _TITLES = {
 def page() -> str:
     """The page, as Markdown."""
     fields = {field.name: field for field in dataclasses.fields(TrainConfig) if field.init}
-    annotated = {name for owner in (TrainConfig, DPOConfig) for name in inspect.get_annotations(owner)}
+    annotated = {name for owner in (TrainConfig, MethodArguments, DPOConfig) for name in inspect.get_annotations(owner)}
     of_trl = {row.name for row in TRL_NAMES if row.kind != SAME} - annotated
     left, parts = set(fields) - of_trl, [_HEAD]
     for owner, title in _TITLES.items():

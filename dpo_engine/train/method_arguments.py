@@ -11,7 +11,7 @@ from dpo_engine.train.statistics import RANKED_PAIRS
 from dpo_engine.train.trl_names import SAME, TRL_NAMES
 from dpo_engine.train.trl_settle import say_once
 
-_SWITCHES = (
+SWITCHES = (
     ("ld_alpha", "ld_dpo"),
     ("rpo_alpha", "dpo_nll"),
     ("f_divergence_type", "f_dpo"),
@@ -132,7 +132,7 @@ class MethodArguments:
         Raises:
             ConfigError: an unknown method, a parameter out of range, or one that the method does not use.
         """
-        for name, method in _SWITCHES:
+        for name, method in SWITCHES:
             given = getattr(self, name)
             if self.method in ("dpo", "sigmoid") and given not in (None, False, "reverse_kl"):
                 say_once(f"{name}={given} with method 'dpo': the method is {method!r}")
@@ -141,7 +141,7 @@ class MethodArguments:
         self.method = entry.name
         methods = [entry, *(part for _, part in entry.parts)]
         uses = set().union(*(method.uses for method in methods))
-        for name, method in _SWITCHES:
+        for name, method in SWITCHES:
             given = getattr(self, name)
             if isinstance(given, bool) and given and all(part.name != method for part in methods):
                 raise ConfigError(

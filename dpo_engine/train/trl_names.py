@@ -59,7 +59,7 @@ class LossType:
     method: str
     """Ours of that formula; empty: there is none."""
     nearest: str
-    """The nearest method that there is, while `method` is not built."""
+    """The nearest method that there is, where none has the same formula."""
     note: str = ""
 
 
@@ -93,14 +93,16 @@ LOSS_TYPES: dict[str, LossType] = {
     "aot_unpaired": LossType(
         method="",
         nearest="dpo",
-        note="Chosen and rejected sorted apart: AOT for data without pairs; data here has pairs.",
+        note="Chosen and rejected sorted apart: AOT for data without pairs; kto takes labels.",
     ),
     "apo_zero": LossType(method="apo_zero", nearest="dpo"),
     "apo_down": LossType(method="apo_down", nearest="dpo"),
     "discopop": LossType(method="discopop", nearest="dpo"),
     "sft": LossType(method="sft", nearest="dpo", note="TRL's is a mean over the tokens of a micro-batch."),
     "sigmoid_norm": LossType(method="dpo_norm", nearest="ipo"),
-    "kto_pair": LossType(method="", nearest="bco", note="TRL took it out of its DPOTrainer too."),
+    "kto_pair": LossType(
+        method="", nearest="kto", note="TRL took it out of its DPOTrainer too; kto takes pairs as two labels each."
+    ),
 }
 
 TRL_NAMES: tuple[TrlName, ...] = (

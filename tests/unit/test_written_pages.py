@@ -38,6 +38,15 @@ def test_the_tables_of_trls_names_are_as_the_code_has_them() -> None:
     assert with_tables(page) == page, "run: python -m dpo_engine.cli.trl_page docs/trl-differences.md"
 
 
+def test_the_table_of_what_methods_need_and_their_parameters_are_as_the_code_has_them() -> None:
+    pytest.importorskip("transformers")
+    from dpo_engine.cli.methods_page import needs_table, with_generated
+
+    page = (ROOT / "docs" / "methods.md").read_text("utf-8")
+    assert needs_table() in page and page.count("\n- Parameters: ") == needs_table().count("\n| [")
+    assert with_generated(page) == page, "run: python -m dpo_engine.cli.methods_page docs/methods.md"
+
+
 @pytest.mark.parametrize("size", ["12GB", "16GB", "24GB"])
 def test_the_qlora_examples_are_as_the_plan_writes_them(size: str) -> None:
     plan = make_plan(shipped_shape("qwen3-8b"), StepSettings(), read_card(size))
