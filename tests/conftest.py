@@ -1,12 +1,14 @@
 """What every test starts from.
 
-A cache folder of the tests' own, so that no test finds what a person's runs left, or leaves it; and one thread where
-several processes share the tests.
+A cache folder of the tests' own, so that no test finds what a person's runs left, or leaves it; one thread where several
+processes share the tests; and a garbage collector that leaves imported modules alone.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +16,24 @@ import torch
 
 from dpo_engine.ops.choice import cache_folder
 
-LONG_FILES = ("test_triton_kernels.py", "test_triton_aot.py", "test_linear_logps_triton.py")
+LONG_FILES = (
+    "test_triton_kernels.py",
+    "test_trainer_ranks.py",
+    "test_memory_traced.py",
+    "test_linear_logps_triton.py",
+    "test_triton_aot.py",
+    "test_qlora_real_model.py",
+    "test_trl_matrix.py",
+    "test_silent_failures.py",
+    "test_forest_attention.py",
+    "test_packaging.py",
+    "test_token_logps_ranks.py",
+    "test_cli_train.py",
+    "test_odd_models.py",
+    "test_adapters_continued.py",
+    "test_cli_cache.py",
+    "test_forest_models_saved.py",
+)
 
 
 def pytest_configure() -> None:
@@ -29,8 +48,26 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take a minute or more go out first: one that is begun last leaves the other workers idle."""
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    """The longest files go out first: one that is begun last leaves the other workers idle."""
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+_modules_left_alone = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Whoever asks for a garbage collection looks at what tests made, not at a million objects of imported modules.
+
+    transformers' trainer asks after every run, and that takes longer than a run of a tiny model.
+    """
+    global _modules_left_alone
+    if len(sys.modules) > _modules_left_alone + 50:
+        gc.unfreeze()  # what was in use the last time may be garbage by now
+        gc.collect()
+        gc.freeze()
+        _modules_left_alone = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)

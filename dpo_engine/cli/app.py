@@ -114,8 +114,11 @@ def plan(
         str | None,
         typer.Option(help="A short name (without --model, their table), a folder, a config.json or a hub id."),
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="As for train: it decides what rows must be, and where a reference lies.")
+    ] = "dpo",
     gpu: Annotated[str | None, typer.Option(help="24GB, rtx-4090, ...; what nvidia-smi tells if not given.")] = None,
-    data: Annotated[str | None, typer.Option(help="Preference pairs: how long they are decides.")] = None,
+    data: Annotated[str | None, typer.Option(help="Preference data: how long its rows are decides.")] = None,
     max_length: Annotated[int | None, _both("--max_length", "As for train; the largest safe if not given.")] = None,
     load_in_4bit: Annotated[str, _both("--load_in_4bit", "NF4 weights: true or false.")] = "true",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -142,6 +145,7 @@ def plan(
 
     options = PlanOptions(
         model=model,
+        method=method,
         gpu=gpu,
         data=data,
         max_length=max_length,

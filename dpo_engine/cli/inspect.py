@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _SCORED = ("black on green", "black on cyan")  # in turn, so that boundaries show
 
-KIND_OF_METHOD = {"kto": "unpaired", "plackett_luce": "ranked"}
-"""What a method trains on; the others on pairs."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
@@ -62,9 +59,7 @@ class InspectOptions:
 
     def kind(self) -> str:
         """What the method trains on."""
-        if self.method not in KIND_OF_METHOD:
-            get_method(self.method)
-        return KIND_OF_METHOD.get(self.method, "pairs")
+        return get_method(self.method).kind
 
 
 def inspect_command(options: InspectOptions, *, row: int | None, ids: bool, as_json: bool) -> None:

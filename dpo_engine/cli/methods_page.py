@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_engine.losses import LOSSES, Method
-from dpo_engine.train.method_arguments import KINDS, SWITCHES
+from dpo_engine.train.method_arguments import SWITCHES
 from dpo_engine.train.trl_names import LOSS_TYPES
 
 _HEAD = (
@@ -57,7 +57,7 @@ def _row(method: Method) -> tuple[str, ...]:
     step = "all pairs" if method.whole_step else "`z0` of mismatched completions" if method.mismatched else ""
     return (
         f"[`{method.name}`](#{method.name})",
-        KINDS[method.needs],
+        method.kind,
         _reference(method),
         ", ".join(token_values),
         ", ".join(f"`{extra}`" for extra in method.extras),

@@ -40,6 +40,7 @@ class PlanOptions:
     """What the command was told."""
 
     model: str | None
+    method: str
     gpu: str | None
     data: str | None
     max_length: int | None
@@ -74,7 +75,7 @@ def plan_command(options: PlanOptions, *, output: str | None, as_json: bool) -> 
     say = _to(sys.stderr if as_json else sys.stdout)
     for line in [*found, *lines(plan)]:
         say(line)
-    yaml = recipe(plan, model=model, data=options.data or "pairs.jsonl") if plan.fits else None
+    yaml = recipe(plan, model=model, method=options.method, data=options.data or "pairs.jsonl") if plan.fits else None
     if yaml is not None and output:
         _write(Path(output), yaml)
         say(f"\nwritten to {output}; next: dpo-engine train {output}")
@@ -131,8 +132,28 @@ def settings_of(options: PlanOptions) -> StepSettings:
         optimiser=optimiser,
         checkpointing=options.gradient_checkpointing,
         offload=options.activation_offload,
-        reference="adapters_off" if options.lora_r else "model_copy",
+        reference=_reference(options),
     )
+
+
+def _reference(options: PlanOptions) -> str:
+    """Where the method's reference comes from.
+
+    Raises:
+        ConfigError: an unknown method, or one whose steps are not planned for.
+    """
+    if options.method == "dpo":  # the table of losses brings torch along, which takes longer than the plan
+        return "adapters_off" if options.lora_r else "model_copy"
+    from dpo_engine.losses import get_method
+
+    method = get_method(options.method)
+    if method.token_kl:
+        raise ConfigError(
+            f"method={options.method!r} meets two models' heads in a step, which is not planned for; train without a plan"
+        )
+    if options.lora_r:
+        return "adapter_copy" if method.moving_reference else "adapters_off"
+    return "model_copy" if method.needs_reference else "adapters_off"
 
 
 def _check_adapters(shape: ModelShape, settings: StepSettings) -> None:
@@ -198,6 +219,7 @@ def _of_data(options: PlanOptions, model: str) -> tuple[int | None, int | None, 
         return None, None, []
     from dpo_engine.batch import packed_cost
     from dpo_engine.data import check_source, load_pairs
+    from dpo_engine.losses import get_method
     from dpo_engine.model.loading import load_tokenizer, resolve_model
 
     if options.model in shipped_names() and not Path(model).is_dir():
@@ -210,13 +232,14 @@ def _of_data(options: PlanOptions, model: str) -> tuple[int | None, int | None, 
             ) from error
     else:
         tokenizer = load_tokenizer(resolve_model(model))
-    pairs = load_pairs(check_source(options.data), tokenizer, max_length=options.max_length)
+    wanted: dict[str, Any] = {"method": options.method, "kind": get_method(options.method).kind}
+    pairs = load_pairs(check_source(options.data, **wanted), tokenizer, max_length=options.max_length, **wanted)
     if not len(pairs):
-        raise DataError(f"{options.data}: no pair is left; expected preference pairs")
+        raise DataError(f"{options.data}: no row is left; expected preference data")
     costs = [packed_cost(tree, "shared", None) for tree in pairs.trees]
     rows = [len(tree.prompt_ids) + max(map(len, tree.completions)) for tree in pairs.trees]
     mean = sum(costs) / len(costs)
-    said = f"{options.data}: {len(costs)} pairs, {mean:.0f} tokens a pair in the mean, {max(costs)} in the largest"
+    said = f"{options.data}: {len(costs)} rows, {mean:.0f} tokens a row in the mean, {max(costs)} in the largest"
     return max(rows), max(costs), [*pairs.report.lines(), said, ""]
 
 

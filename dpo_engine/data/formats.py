@@ -160,8 +160,6 @@ def _check_answers(answers: Answers) -> None:
     prompt, completions, ranks = answers.prompt, answers.completions, answers.ranks
     if isinstance(prompt, list) and not prompt:
         raise UnusableRow("empty prompt")
-    if ranks is not None and len(set(ranks)) < 2:
-        raise UnusableRow(NO_PREFERENCE)
     if not all(completion_text(completion).strip() for completion in completions):
         raise UnusableRow("empty completion")
     kept = distinct(completions)

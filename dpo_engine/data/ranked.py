@@ -49,7 +49,7 @@ def ranked_shape(row: Mapping[str, Any]) -> Shape | None:
     if prompt is None or listed is None:
         return None
     objects = [item for item in row[listed] if isinstance(item, Mapping)]
-    inside = next((name for name in NUMBERS_INSIDE if any(name in item for item in objects)), None)
+    inside = next((name for name in NUMBERS_INSIDE if any(item.get(name) is not None for item in objects)), None)
     column = next((name for name in NUMBER_COLUMNS if isinstance(row.get(name), list)), None)
     transcript = prompt == "prompt" and is_open_transcript(row["prompt"]) and not row.get("system")
     return _shape(prompt, listed, inside, None if inside else column, transcript)
@@ -107,9 +107,10 @@ def _converter(
 
 def _text(item: Any, where: str) -> Any:
     """What an item of the list says, text or messages."""
-    if not isinstance(item, Mapping) or "role" in item or "from" in item:
+    if not isinstance(item, Mapping) or item.get("role") or item.get("from"):
         return item
-    name = next((name for name in TEXTS if name in item), None)
+    # where objects differ, Parquet gives each the fields of all, with null in those that it lacks
+    name = next((name for name in TEXTS if item.get(name) is not None), None)
     if name is None:
         raise BadRow(
             f"{where} holds {', '.join(map(str, item)) or 'nothing'}; expected its text in one of {', '.join(TEXTS)}"

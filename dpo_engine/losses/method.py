@@ -75,6 +75,11 @@ class Method:
         return {p.name: p.default if given[p.name] is None else given[p.name] for p in self.parameters}
 
     @property
+    def kind(self) -> str:
+        """The data it trains on, as `dpo_engine.data` calls it: "pairs", "unpaired" or "ranked"."""
+        return {PairStats: "pairs", UnpairedStats: "unpaired", ListStats: "ranked"}[self.needs]
+
+    @property
     def uses(self) -> frozenset[str]:
         """Names of its parameters."""
         return frozenset(parameter.name for parameter in self.parameters)

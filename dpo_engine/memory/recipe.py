@@ -13,12 +13,15 @@ USUAL_FOREST = 8192  # larger ones are not faster
 FILLED = 0.9  # of a card: a screen and a plan's error must find room in the rest
 
 
-def recipe(plan: Plan, *, model: str, data: str = "pairs.jsonl", output_dir: str | None = None) -> str:
+def recipe(
+    plan: Plan, *, model: str, method: str = "dpo", data: str = "pairs.jsonl", output_dir: str | None = None
+) -> str:
     """The lines of a YAML file: the largest of `LENGTHS` that fills no more than `FILLED` of the card, unless one was asked for.
 
     Args:
         plan: one that fits.
         model: what `dpo-engine train` is to load.
+        method: of the loss, with its own beta.
         data: preference pairs.
         output_dir: where the adapters go.
     """
@@ -40,8 +43,8 @@ def recipe(plan: Plan, *, model: str, data: str = "pairs.jsonl", output_dir: str
         _line("data", data),
         _line("output_dir", output_dir or f"runs/{name}"),
         "",
-        "method: dpo",
-        "beta: 0.1",
+        f"method: {method}",
+        *(["beta: 0.1"] if method == "dpo" else []),
     ]
     if in_4bit:
         lines.append("load_in_4bit: true                # frozen weights in NF4, double quantisation")

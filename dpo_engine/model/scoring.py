@@ -257,16 +257,18 @@ def _score(
     rows = _hidden_rows(model, *args, **kwargs).index_select(0, score_from)  # (N, D)
     if rows_only:
         return ScoredTokens(rows=rows)
-    found: dict[str, Tensor | None]
+    found: dict[str, Tensor | None] = {}
     if reference_rows is not None:
         assert reference_weight is not None
         token_kl = head_kl(model, rows, labels, reference_rows, reference_weight, reference_bias)
         found = {
             "token_logps": token_kl.logps, "reference_token_logps": token_kl.reference_logps, "token_kl": token_kl.kl
         }  # fmt: skip
-    else:
-        token_logps, more = head_logps(model, rows, labels, model.scoring_backend, extras)
-        found = {"token_logps": token_logps}
+    if reference_rows is None or extras:
+        # Beside a KL for the extras alone, which take no gradient.
+        given = rows if reference_rows is None else rows.detach()
+        token_logps, more = head_logps(model, given, labels, model.scoring_backend, extras)
+        found.setdefault("token_logps", token_logps)
         if more is not None:
             found["log_sum_squares"] = more.log_sum_squares
     return ScoredTokens(**found, exact=exact_under_fsdp(model, **found))

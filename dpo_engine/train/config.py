@@ -14,7 +14,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.layout import SHARE_PROMPT
 from dpo_engine.model.liger import LIGER, LOSSES
 from dpo_engine.ops import BACKENDS
-from dpo_engine.train.method_arguments import KINDS, MethodArguments
+from dpo_engine.train.method_arguments import MethodArguments
 from dpo_engine.train.trl_names import TrlArguments
 from dpo_engine.train.trl_settle import settle_names
 
@@ -225,7 +225,7 @@ class DPOConfig(MethodArguments, TrlArguments, TrainingArguments):
             "chat_template": self.chat_template,
             "skip_bad_rows": self.skip_bad_rows,
             "method": self.method,
-            "kind": KINDS[self.entry.needs],
+            "kind": self.entry.kind,
         }
 
 

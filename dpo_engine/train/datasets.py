@@ -19,7 +19,6 @@ from dpo_engine.data.token_columns import pairs_of_ids, token_columns
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.reference.values import ReferenceValues
 from dpo_engine.train.config import DPOConfig
-from dpo_engine.train.method_arguments import KINDS
 from dpo_engine.train.trl_settle import say_once
 
 logger = logging.getLogger(__name__)
@@ -53,9 +52,8 @@ def _read(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConf
     first = {} if is_stream else next(iter(dataset))
     if columns := token_columns(first):
         options = args.pair_options()
-        bounds = {
-            key: options[key] for key in ("max_length", "truncation", "max_prompt_length", "max_completion_length")
-        }
+        names = ("max_length", "truncation", "max_prompt_length", "max_completion_length", "method", "kind")
+        bounds = {key: options[key] for key in names}
         data = pairs_of_ids(dataset, columns, name, skip_bad_rows=args.skip_bad_rows, **bounds)
         if args.process_index == 0:
             warn_of_rows_left_out(data.report)
@@ -83,10 +81,10 @@ def _for_method(data: Any, args: DPOConfig, name: str) -> Any:
     """
     method = args.entry
     for index, tree in enumerate(data):
-        if fault := _misfit(tree, KINDS[method.needs]):
+        if fault := _misfit(tree, method.kind):
             raise DataError(
                 f"{getattr(tree, 'origin', None) or f'{name}: row {index + 1}'} {fault}; the method {method.name} trains on "
-                f"{_EXPECTED[KINDS[method.needs]]}"
+                f"{_EXPECTED[method.kind]}"
             )
     if not method.mismatched:
         return data

@@ -157,6 +157,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _settings(config: Any, shape: ModelShape) -> StepSettings | str:
     """The configuration as the planner has it, or what of it the planner does not know."""
     dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
+    if config.entry.token_kl:
+        return f"the method {config.method} meets two models' heads in a step, which is not planned for"
     optimiser = str(getattr(config.optim, "value", config.optim))
     if optimiser not in STATE_BYTES:
         return f"the optimiser {optimiser} is not planned for"

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_engine.errors import ConfigError
-from dpo_engine.losses import ListStats, Method, PairStats, UnpairedStats, get_method
+from dpo_engine.losses import Method, get_method
 from dpo_engine.train.statistics import RANKED_PAIRS
 from dpo_engine.train.trl_names import SAME, TRL_NAMES
 from dpo_engine.train.trl_settle import say_once
-
-KINDS = {PairStats: "pairs", UnpairedStats: "unpaired", ListStats: "ranked"}
-"""What data a method trains on, as `dpo_engine.data` calls it."""
 
 SWITCHES = (
     ("ld_alpha", "ld_dpo"),

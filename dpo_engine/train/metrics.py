@@ -7,7 +7,6 @@ ranked list the best and the last.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -146,23 +145,6 @@ def _list_metrics(stats: ListStats, losses: Tensor, beta: float) -> Sums:
 def _none(like: Tensor) -> Tensor:
     """Of a quantity that is not known: a mean over nothing."""
     return like.new_zeros(2)
-
-
-@dataclass
-class RunningMean:
-    """The mean of everything added since a run began; it stays on the device until it is read."""
-
-    count: int = 0
-    total: Tensor | float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """Count `values` (B,) in."""
-        self.total = self.total + values.detach().double().sum()
-        self.count += len(values)
-
-    def mean(self) -> Tensor | None:
-        """() float32; None before anything was added."""
-        return (torch.as_tensor(self.total) / self.count).float() if self.count else None
 
 
 class MetricSums:

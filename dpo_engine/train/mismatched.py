@@ -22,13 +22,15 @@ from dpo_engine.losses import kto_baseline
 def split_mismatched(trees: Sequence[TokenTree]) -> tuple[list[TokenTree], list[TokenTree]]:
     """`(own, others)`: the trees without the completions that are not theirs, and with these alone."""
     # Labels are those of a tree's own completions.
-    own = [
+    own: list[TokenTree] = [
         replace(with_completions(tree, slice(None, -1)), desirable=getattr(tree, "desirable", None))
         if _has_one(tree)
         else tree
         for tree in trees
     ]
-    others = [replace(with_completions(tree, slice(-1, None)), desirable=None) for tree in trees if _has_one(tree)]
+    others: list[TokenTree] = [
+        replace(with_completions(tree, slice(-1, None)), desirable=None) for tree in trees if _has_one(tree)
+    ]
     return own, others
 
 

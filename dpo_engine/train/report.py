@@ -10,6 +10,9 @@ from typing import Any
 
 from dpo_engine.train.samples import Answer
 
+NOUNS = {"pairs": "pairs", "unpaired": "rows", "ranked": "lists"}
+"""What a row of each kind of data is called."""
+
 
 def draw_training(log_history: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path | None:
     """Loss, reward margin and chosen/rejected log-probs over steps, as one PNG; None where matplotlib is not installed.
@@ -44,7 +47,8 @@ def draw_training(log_history: Sequence[dict[str, Any]], path: Path, *, title: s
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, frameon=False)
+        if axis.has_data():
+            axis.legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -53,18 +57,22 @@ def draw_training(log_history: Sequence[dict[str, Any]], path: Path, *, title: s
 
 def summary_text(result: dict[str, Any], answers: Sequence[Answer], picture: Path | None) -> str:
     """The last thing a run prints: `result` is the object that `--json` prints."""
-    lines = ["", "Summary", "-------"]
+    lines, noun = ["", "Summary", "-------"], NOUNS[result["data_kind"]]
     if result["held_out_rows"]:
         for name, form in (("accuracy", "{:.1%}"), ("margin", "{:+.3f}")):
+            if None in result[name].values():  # of labels of one class there is no margin
+                continue
             before, after = (form.format(result[name][when]) for when in ("before", "after"))
-            lines.append(f"held-out reward {name:9s} {before:>8s} -> {after:>8s}   ({result['held_out_rows']} pairs)")
+            lines.append(f"held-out reward {name:9s} {before:>8s} -> {after:>8s}   ({result['held_out_rows']} {noun})")
     else:
-        lines.append("no held-out pairs were given (eval_data): nothing is said about unseen data")
+        lines.append(f"no held-out {noun} were given (eval_data): nothing is said about unseen data")
     memory = f"{result['peak_rss_mb']:.0f} MB"
     if result["peak_cuda_mb"] is not None:
         memory += f", on the GPU {result['peak_cuda_mb']:.0f} MB"
-    speed = "speed not measured (one step)" if result["pairs_per_s"] is None else f"{result['pairs_per_s']:.2f} pairs/s"
-    steps = f"{result['steps']} steps of {result['pairs_per_step']} pairs, out of {result['rows_used']}"
+    speed = (
+        "speed not measured (one step)" if result["pairs_per_s"] is None else f"{result['pairs_per_s']:.2f} {noun}/s"
+    )
+    steps = f"{result['steps']} steps of {result['pairs_per_step']} {noun}, out of {result['rows_used']}"
     lines.append(f"{steps}: {speed}, peak memory {memory}")
     for answer in answers:
         lines += [

@@ -28,7 +28,7 @@ from dpo_engine.model.loading import check_model, cpu_has_bf16, load_model, load
 from dpo_engine.train.card import write_run_card
 from dpo_engine.train.config import DTYPES, DPOConfig, require
 from dpo_engine.train.memory import RunMemory, answered, plan_run
-from dpo_engine.train.report import draw_training, summary_text
+from dpo_engine.train.report import NOUNS, draw_training, summary_text
 from dpo_engine.train.samples import Answer, answers_to
 from dpo_engine.train.trainer import DPOTrainer
 from dpo_engine.train.trl_names import TrlScriptArguments
@@ -52,12 +52,14 @@ class TrainConfig(TrlScriptArguments, DPOConfig):
     )
     data: str | None = field(
         default=None,
-        metadata={"help": "Preference pairs: .jsonl, .json, .csv (also .gz), .parquet, or a hub dataset id."},
+        metadata={
+            "help": "Pairs, labelled completions or ranked lists: .jsonl, .json, .csv (also .gz), .parquet, or a hub dataset id."
+        },
     )
     data_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, judged before and after training."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out rows, judged before and after training."})
     eval_split: str = field(default="test", metadata={"help": "Split of a hub dataset to judge on."})
-    max_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many usable pairs only."})
+    max_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many usable rows only."})
     dtype: str = field(
         default="auto",
         metadata={
@@ -131,7 +133,7 @@ class TrainConfig(TrlScriptArguments, DPOConfig):
     def require_inputs(self) -> None:
         """Raise a `ConfigError` for the first of the keys that must be given and is not."""
         require(bool(self.model), "model", self.model, "a model folder, a hub id, or smollm2")
-        require(bool(self.data), "data", self.data, "a file of preference pairs or a hub dataset id")
+        require(bool(self.data), "data", self.data, "a file of preference data or a hub dataset id")
         require(bool(self.output_dir), "output_dir", self.output_dir, "a folder to write to")
 
     def __post_init__(self) -> None:
@@ -174,7 +176,7 @@ class TrainConfig(TrlScriptArguments, DPOConfig):
         require(self.sample_tokens > 0, "sample_tokens", self.sample_tokens, "a number above 0")
         require(not self.bf16 and not self.fp16, "bf16/fp16", True, "dtype: bfloat16 or float16 instead")
         if self.eval_strategy != "no" and not self.eval_data:
-            raise ConfigError(f"eval_strategy={self.eval_strategy} needs held-out pairs; give eval_data")
+            raise ConfigError(f"eval_strategy={self.eval_strategy} needs held-out rows; give eval_data")
         if not torch.cuda.is_available():
             self.use_cpu = True
             self.dataloader_pin_memory = False
@@ -372,12 +374,13 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     trainer.save_state()
     picture = None
     if config.picture:
-        title = f"{config.method} · {config.model} · {len(data)} pairs"
+        title = f"{config.method} · {config.model} · {len(data)} {NOUNS[config.entry.kind]}"
         start = [{"step": 0, **before}] if before and not config.resume else []
         picture = draw_training([*start, *trainer.state.log_history], output / "training.png", title=title)
     result = {
         "schema": RESULT_SCHEMA,
         "method": config.method,
+        "data_kind": config.entry.kind,
         "model_path": prepared.model_path,
         "output_dir": str(output),
         "steps": trainer.state.global_step,

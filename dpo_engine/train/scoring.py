@@ -145,11 +145,20 @@ class Scorer:
             head = head_of(causal_model(self.accelerator.unwrap_model(asked)))
         with self.accelerator.autocast():
             scored = score_forest(
-                model, forest, reference_rows=rows, reference_weight=head.weight.detach(), reference_bias=head.bias
+                model,
+                forest,
+                reference_rows=rows,
+                reference_weight=head.weight.detach(),
+                reference_bias=head.bias,
+                extras=self.method.extras,
             )
         assert scored.token_logps is not None and scored.reference_token_logps is not None
         return _completion_values(
-            scored.token_logps, scored.reference_token_logps.detach(), forest, token_kl=scored.token_kl
+            scored.token_logps,
+            scored.reference_token_logps.detach(),
+            forest,
+            squares=scored.log_sum_squares,
+            token_kl=scored.token_kl,
         )
 
 

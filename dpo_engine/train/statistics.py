@@ -157,7 +157,7 @@ def _public(
 
 
 def _unpaired(values: CompletionValues, forest: PreferenceForest) -> UnpairedStats:
-    if forest.desirable is None:
+    if forest.desirable is None and forest.trees:
         raise DataError(
             "trees came without labels to a method of unpaired data; expected `desirable`, one a completion"
         )
@@ -169,7 +169,7 @@ def _unpaired(values: CompletionValues, forest: PreferenceForest) -> UnpairedSta
         reference_logps=_first(values.reference_logps, count),
         k3=_first(values.k3, count),
         lengths=torch.tensor(forest.lengths[:count], dtype=torch.float32).to(device, non_blocking=True),
-        desirable=torch.tensor(forest.desirable[:count], dtype=torch.bool).to(device, non_blocking=True),
+        desirable=torch.tensor((forest.desirable or ())[:count], dtype=torch.bool).to(device, non_blocking=True),
         weights=_completion_weights(forest, values.logps)[:count] * share,
         shares=share,
     )

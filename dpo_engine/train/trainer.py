@@ -55,8 +55,9 @@ from dpo_engine.train.datasets import (
 )
 from dpo_engine.train.gradients import check_gradients, check_graph
 from dpo_engine.train.health import Health
+from dpo_engine.train.judge import Judge, RunningMean
 from dpo_engine.train.layouts import run_layout, run_liger
-from dpo_engine.train.metrics import MetricSums, RunningMean, Sums, stats_metrics
+from dpo_engine.train.metrics import MetricSums, stats_metrics
 from dpo_engine.train.mismatched import baseline_over_ranks, split_mismatched
 from dpo_engine.train.moving_reference import moving_reference
 from dpo_engine.train.offload import offload_lines
@@ -76,7 +77,6 @@ from dpo_engine.train.ranks import (
     even_sampler,
     gradients_are_apart,
     idle_forest,
-    joined_over_ranks,
     sum_and_most,
 )
 from dpo_engine.train.reference import RunReference, cache_for, made_by
@@ -84,15 +84,9 @@ from dpo_engine.train.scoring import Scorer, causal_model, make_reference
 from dpo_engine.train.second_model import check_token_ids, check_vocabularies
 from dpo_engine.train.start import check_start, check_token_kl
 from dpo_engine.train.state import RunState, read_state, write_state
-from dpo_engine.train.statistics import joined, stacked, unstacked, weighted_sum
+from dpo_engine.train.statistics import weighted_sum
 from dpo_engine.train.trl_settle import say_once
-from dpo_engine.train.whole_step import (
-    Judged,
-    StepPart,
-    generator_states,
-    generators_at,
-    step_parts,
-)
+from dpo_engine.train.whole_step import StepPart, generators_at
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +181,6 @@ class DPOTrainer(Trainer):
         self._start_checked = self._gradients_checked = False
         self._reference_backend: str | None = None  # which one the log-probs in memory are of
         self._train_metrics = MetricSums()
-        self._baseline = RunningMean()
         if processing_class is None and any(is_text(data) for data in (train_dataset, *all_parts(eval_dataset))):
             processing_class = open_tokenizer(causal)
         set_pad_token(processing_class, args.pad_token)
@@ -209,6 +202,7 @@ class DPOTrainer(Trainer):
         if self.reference is not None:
             self.reference.to(args.device)
         self.scorer = Scorer(self.method, args, self.reference, self.accelerator)
+        self.judge = Judge(self.method, args, self.scorer, self.accelerator)
         self.moving_reference = None
         if self.method.moving_reference:
             self.moving_reference = moving_reference(self.method, args, policy, self.reference, self.accelerator)
@@ -270,7 +264,7 @@ class DPOTrainer(Trainer):
             return
         name = Path(str(found))
         self._use_backend(resumed_backend(self.config.backend, state, name, self.args.device, self._head_dtype()))
-        self._baseline = RunningMean(state.baseline_count, state.baseline_sum)
+        self.judge.running = RunningMean(state.baseline_count, state.baseline_sum)
         if self.moving_reference is not None:
             self.moving_reference.load(Path(str(found)))
         if self.config.max_tokens_per_forest is None:
@@ -317,8 +311,8 @@ class DPOTrainer(Trainer):
             state = RunState(
                 backend=self.backend.name,
                 max_tokens_per_forest=self.budget.tokens,
-                baseline_count=self._baseline.count,
-                baseline_sum=float(self._baseline.total),
+                baseline_count=self.judge.running.count,
+                baseline_sum=float(self.judge.running.total),
             )
             write_state(Path(output_dir or str(self.args.output_dir)), state)
             if self.moving_reference is not None and _internal_call:  # of a checkpoint
@@ -470,17 +464,21 @@ class DPOTrainer(Trainer):
         if not self._start_checked:
             self._check_start(model, forests)
         scale = self.args.world_size / (num_items_in_batch or batch.trees * self.args.world_size)
-        baseline = self._mismatch_baseline(model, batch)
+        baseline = None
+        if batch.mismatched is not None:
+            others = self._with_idle(
+                batch.mismatched, bool(batch.mismatched.idle) and knows_reference(self.train_dataset)
+            )
+            baseline = self.judge.baseline(model, others)
         is_apart = len(forests) > 1 or self.args.world_size > 1
         parts: Sequence[StepPart | None] = [None] * len(forests)
         if self.method.whole_step and is_apart:
-            parts = self._whole_step(model, forests, scale)
+            parts = self.judge.whole_step(model, forests, scale)
         total = torch.zeros((), device=self.args.device)
         for index, (forest, part) in enumerate(zip(forests, parts, strict=True)):
             with self._reducing_if(model, index == len(forests) - 1), self.scorer.as_trained(model):
                 if part is None:
-                    judged = self._objective(self.scorer.stats(model, forest), scale, baseline)
-                    losses, by_part, objective, stats = judged
+                    losses, by_part, objective, stats = self.judge(self.scorer.stats(model, forest), scale, baseline)
                 else:
                     losses, by_part, stats = part.losses, part.by_part, part.stats
                     with generators_at(part.generators, self.args.device):
@@ -493,35 +491,6 @@ class DPOTrainer(Trainer):
             check_gradients(model)
         self._gradients_checked = True
         return total
-
-    def _whole_step(self, model: nn.Module, forests: Sequence[PreferenceForest], scale: float) -> list[StepPart]:
-        """What each forest must know of the others, on all ranks."""
-        scored, generators, known = [], [], []
-        with torch.no_grad():
-            for forest in forests:
-                known.append(self.scorer.with_reference(model, forest))  # before what the second pass draws anew
-                generators.append(generator_states(self.args.device))
-                scored.append(self.scorer.stats(model, known[-1]))
-        return step_parts(known, scored, generators, lambda stats: self._objective(stats, scale), self.accelerator)
-
-    def _objective(self, stats: Any, scale: float, baseline: Tensor | None = None) -> Judged:
-        """Losses, and as the objective their weighted sum times `scale`; moves the method's running mean on."""
-        if self.method.baseline is not None:
-            self._baseline.add(self.method.baseline(stats, self.method.settings(self.config)))
-            baseline = self._baseline.mean()
-        if baseline is not None:
-            stats = replace(stats, baseline=baseline)
-        losses = self.method(stats, self.config)
-        return Judged(losses, self.method.part_losses(stats, self.config), weighted_sum(losses, stats) * scale, stats)
-
-    def _mismatch_baseline(self, model: nn.Module, batch: PreferenceBatch) -> Tensor | None:
-        """What this step's rewards are compared with, of a method that finds that on mismatched completions."""
-        if batch.mismatched is None:
-            return None
-        forests = self._with_idle(batch.mismatched, bool(batch.mismatched.idle) and knows_reference(self.train_dataset))
-        with torch.no_grad():
-            ratios = [self.scorer.log_ratios(model, forest) for forest in forests]
-        return baseline_over_ranks(ratios, self.accelerator)
 
     def _with_idle(self, batch: PreferenceBatch, knows_reference: bool) -> list[PreferenceForest]:
         """The batch's forests, then the idle ones; all of them ask the reference, or none does."""
@@ -633,7 +602,7 @@ class DPOTrainer(Trainer):
                     beside = self._with_idle(batch.mismatched, is_known)
                     ratios += [self.scorer.log_ratios(model, forest) for forest in beside]
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            metrics = self._judged(scored, baseline_over_ranks(ratios, self.accelerator) if ratios else None)
+            metrics = self.judge.held_out(scored, baseline_over_ranks(ratios, self.accelerator) if ratios else None)
         model.train(was_training)
         means = self._read(metrics)
         self.health.judged(means, metric_key_prefix)
@@ -644,29 +613,6 @@ class DPOTrainer(Trainer):
             metrics=named,
             num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
         )
-
-    def _judged(self, scored: Sequence[Any], baseline: Tensor | None) -> MetricSums:
-        """Metrics of this rank's rows; where losses couple them, together with those of the other ranks: a data set is one step."""
-        metrics = MetricSums()
-        if not self.method.whole_step:
-            for stats in scored:
-                stats = stats if baseline is None else replace(stats, baseline=baseline)
-                metrics.add(self._metrics_of(stats))
-            return metrics
-        stats = joined(scored)
-        values, _ = joined_over_ranks(self.accelerator, stacked(stats))
-        running = self._baseline.mean()
-        together = replace(unstacked(values, stats), baseline=running)
-        sums = self._metrics_of(together)
-        if self.accelerator.is_main_process:  # of all ranks at once: the others add nothing
-            metrics.add(sums)
-        else:
-            metrics.add({name: torch.zeros_like(value) for name, value in sums.items()})
-        return metrics
-
-    def _metrics_of(self, stats: Any) -> Sums:
-        losses, by_part = self.method(stats, self.config), self.method.part_losses(stats, self.config)
-        return stats_metrics(self.method, stats, losses, self.config, by_part)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed since the last log to a training log."""

@@ -120,17 +120,17 @@ def test_a_run_says_what_it_was_planned_at_and_another_kind_of_model_goes_on_wit
 def test_memory_that_runs_out_in_a_step_is_answered_with_the_plan_and_the_setting_to_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_engine.train.scoring import PairScorer
+    from dpo_engine.train.scoring import Scorer
 
-    whole, calls = PairScorer.token_logps, []
+    whole, calls = Scorer.token_logps, []
 
-    def runs_out(self: PairScorer, model: Any, forest: Any) -> torch.Tensor:
+    def runs_out(self: Scorer, model: Any, forest: Any) -> torch.Tensor:
         calls.append(forest)
         if torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
         return whole(self, model, forest)
 
-    monkeypatch.setattr(PairScorer, "token_logps", runs_out)
+    monkeypatch.setattr(Scorer, "token_logps", runs_out)
     with pytest.raises(TrainingError) as stopped:
         run_training(run_config(tmp_path, reference_cache="off", max_tokens_per_forest=400), lambda line: None)
     said = str(stopped.value)

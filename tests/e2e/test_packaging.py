@@ -139,7 +139,10 @@ def test_a_wheel_holds_every_module_and_the_kernels_in_place_of_the_shim(wheel: 
 
 
 def test_an_sdist_builds_the_same_wheel(wheel: Path, wheel_from_sdist: Path) -> None:
+    """Byte for byte, so that what the one computes where it is installed, the other does too."""
     assert files_in(wheel_from_sdist) == files_in(wheel)
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(wheel_from_sdist) as other:
+        assert [name for name in one.namelist() if one.read(name) != other.read(name)] == []
 
 
 def test_an_sdist_holds_the_whole_project(unpacked: Path, checkout: Path) -> None:
@@ -150,7 +153,7 @@ def test_an_sdist_holds_the_whole_project(unpacked: Path, checkout: Path) -> Non
         assert (unpacked / name).is_file(), name
 
 
-@pytest.mark.parametrize("source", ["wheel", "wheel_from_sdist"])
+@pytest.mark.parametrize("source", ["wheel", pytest.param("wheel_from_sdist", marks=pytest.mark.slow)])
 def test_an_installed_wheel_computes(source: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     python = clean_environment(tmp_path / "env")
     install(python, request.getfixturevalue(source))
@@ -170,7 +173,7 @@ def test_an_editable_install_computes_from_anywhere(checkout: Path, tmp_path: Pa
     assert run(python.with_name("dpo-engine"), "--version", cwd=tmp_path).strip() == dpo_engine.__version__
 
 
-@pytest.mark.parametrize("source", ["checkout", "unpacked"])
+@pytest.mark.parametrize("source", ["checkout", pytest.param("unpacked", marks=pytest.mark.slow)])
 def test_a_tree_computes_at_its_root_without_any_install(
     source: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

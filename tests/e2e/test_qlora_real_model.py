@@ -32,9 +32,11 @@ def folder() -> str:
         pytest.skip(f"the packaged model cannot be had here: {error}")
 
 
-def trained(folder: str, output: Path, *, in_4bit: bool, opened: bool = False) -> DPOTrainer:
-    """Two steps of two pairs, judged on two others, with the cache."""
+def trained(folder: str, output: Path, layers: int, *, in_4bit: bool, opened: bool = False) -> DPOTrainer:
+    """Two steps of two pairs, judged on two others, with the cache, by the first of the model's layers."""
     model: Any = load_model(folder, dtype=torch.float32, trainable=False, in_4bit=in_4bit)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
     if opened:
         model = model.dequantize()
         model.requires_grad_(False)
@@ -57,13 +59,14 @@ def trained(folder: str, output: Path, *, in_4bit: bool, opened: bool = False) -
     return trainer
 
 
+@pytest.mark.parametrize("layers", [4, pytest.param(30, marks=pytest.mark.slow)])  # of 30: all take more than a minute
 def test_qlora_of_the_real_model_trains_as_its_opened_weights_do_and_as_the_unquantised_learn(
-    folder: str, tmp_path: Path
+    folder: str, tmp_path: Path, layers: int
 ) -> None:
     runs = {
-        "nf4": trained(folder, tmp_path / "nf4", in_4bit=True),
-        "opened": trained(folder, tmp_path / "opened", in_4bit=True, opened=True),
-        "full": trained(folder, tmp_path / "full", in_4bit=False),
+        "nf4": trained(folder, tmp_path / "nf4", layers, in_4bit=True),
+        "opened": trained(folder, tmp_path / "opened", layers, in_4bit=True, opened=True),
+        "full": trained(folder, tmp_path / "full", layers, in_4bit=False),
     }
     losses = {name: [e["loss"] for e in run.state.log_history if "loss" in e] for name, run in runs.items()}
     judged = {name: run.evaluate() for name, run in runs.items()}

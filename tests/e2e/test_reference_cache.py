@@ -7,9 +7,6 @@ needless misses, an interruption, a flipped bit.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +23,9 @@ from dpo_engine.batch import Tree
 from dpo_engine.data import PairData, TokenizedTree
 from dpo_engine.errors import CacheError, ConfigError, DataError, TrainingError
 from dpo_engine.reference.files import entry_files
-from support.cached_runs import PAIRS, forward_calls, known, logged, lora, make
+from support.cached_runs import PAIRS, forward_calls, known, known_by_one_of_many, logged, lora, make
 from support.naive_dpo import completion_logps
+from support.rank_processes import start_ranks
 from support.small_tokenizers import CHATML, small_tokenizer
 from support.tiny_pairs import random_pairs, tiny_llama
 
@@ -617,28 +615,11 @@ def test_the_cache_serves_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert changed(known(tmp_path, data=data, reference_cache=tmp_path)) == (6, 0)
 
 
-def _build_in_a_process(folder: Path) -> subprocess.Popen[str]:
-    code = "import sys; from pathlib import Path; from support.cached_runs import *; import torch; torch.set_num_threads(1);"
-    code += (
-        "f = known(Path(sys.argv[1]), data=random_pairs(120), max_tokens_per_forest=40); print(f.reused, f.computed)"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
 @pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_processes_that_build_at_once_give_one_complete_cache(tmp_path: Path, count: int) -> None:
-    children = [_build_in_a_process(tmp_path) for _ in range(count)]
-    for child in children:
-        out, err = child.communicate(timeout=600)
-        assert child.returncode == 0, err
-        reused, computed = map(int, out.split())
+    start_ranks(known_by_one_of_many, (tmp_path,), count)
+    for number in range(count):
+        reused, computed = map(int, (tmp_path / f"{number}.txt").read_text().split())
         assert reused + computed == 120
     assert changed(known(tmp_path, data=random_pairs(120))) == (120, 0)
     (space,) = ReferenceCache(tmp_path / "cache").look()

@@ -108,18 +108,18 @@ def test_the_packing_of_these_steps_matters_to_a_loss_that_sees_only_its_forest(
     """The test above could not fail if the mean reward of a forest were near that of its step."""
     data = random_pairs(24)
     losses, _ = naive_bco(tiny_llama(), [data.trees[i : i + 8] for i in (0, 8, 16)])
-    monkeypatch.setattr("dpo_engine.train.trainer.get_method", _forest_by_forest)
+    monkeypatch.setattr("dpo_engine.train.method_arguments.get_method", _forest_by_forest)
     run, _ = trainer(tmp_path, data, max_tokens_per_forest=60)
     run.train()
     assert logged(run)[1:] != pytest.approx(losses[1:], rel=1e-4)
 
 
-def _forest_by_forest(name: str) -> Any:
+def _forest_by_forest(name: str, weights: Any) -> Any:
     from dataclasses import replace
 
     from dpo_engine.losses import get_method
 
-    return replace(get_method(name), whole_step=False, baseline=None)
+    return replace(get_method(name, weights), whole_step=False, baseline=None)
 
 
 def test_dropout_draws_the_same_masks_in_both_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_resumed_run_goes_on_with_the_running_mean_of_its_checkpoint(tmp_path:
     whole.train()
     resumed, _ = trainer(tmp_path, data, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed._baseline.count == whole._baseline.count == 32
+    assert resumed.judge.running.count == whole.judge.running.count == 32
     assert logged(resumed) == logged(whole)
     forgetful, _ = trainer(tmp_path, data, **settings)
     forgetful.restore_run = lambda _: None  # type: ignore[method-assign]
@@ -174,5 +174,5 @@ def test_a_start_other_than_two_log_two_is_refused(tmp_path: Path) -> None:
     run, _ = trainer(tmp_path, random_pairs(8), max_tokens_per_forest=60)
     with torch.no_grad():
         next(run.model.parameters()).add_(0.1)  # the policy is no longer the copy that is its reference
-    with pytest.raises(TrainingError, match=r"every bco loss must be 1\.386294"):
+    with pytest.raises(TrainingError, match=r"a bco loss of the first batch must be 1\.386294"):
         run.train()

@@ -19,8 +19,16 @@ from support.forests import (
 )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize(
+    "layout,checkpointing",
+    [
+        ("shared", False),
+        ("shared", True),
+        ("packed", False),
+        pytest.param("packed", True, marks=pytest.mark.slow),  # what checkpointing computes again is the same attention
+    ],
+    ids=lambda value: {False: "plain", True: "checkpointing"}.get(value, value),
+)
 @pytest.mark.parametrize("name", [*SHARING, *MASKED])
 def test_a_forest_gives_what_its_sequences_give(name: str, layout: str, checkpointing: bool) -> None:
     model = tiny_model(name).train()

@@ -16,7 +16,8 @@ from support.imports import ROOT
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_agrees_with_float64_under_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_agrees_with_float64_under_the_interpreter(which: str) -> None:
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -24,7 +25,7 @@ def test_triton_agrees_with_float64_under_the_interpreter() -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",  # blocks are tiny: threads would only wait for each other
     }
-    command = [sys.executable, "-m", "pytest", "tests/support/linear_logps_triton_cases.py", "-q"]
+    command = [sys.executable, "-m", "pytest", "tests/support/linear_logps_triton_cases.py", "-q", "-m", which]
     # The interpreter is numpy, which warns of infinities that the cases are about.
     command += ["-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -2,7 +2,7 @@
 
 Triton decides when a kernel is imported whether it is interpreted or compiled, and the same process compiles kernels in
 `tests/unit/test_triton_aot.py`. So the cases live in `tests/support/*_cases.py`, which pytest does not collect by name,
-and each file runs in a process of its own with TRITON_INTERPRET=1. A failure here shows that process's own report.
+and these files run in a process of their own with TRITON_INTERPRET=1. A failure here shows that process's own report.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.parametrize("cases", ["lse_forward_cases", "tile_pass_cases", "exp_epilogue_cases"])
-def test_kernels_agree_with_float64_under_the_interpreter(cases: str) -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_agree_with_float64_under_the_interpreter(which: str) -> None:
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -29,7 +29,8 @@ def test_kernels_agree_with_float64_under_the_interpreter(cases: str) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",  # blocks are tiny: threads would only wait for each other
     }
-    command = [sys.executable, "-m", "pytest", f"tests/support/{cases}.py", "-q", "-p", "no:cacheprovider"]
+    cases = [f"tests/support/{name}_cases.py" for name in ("lse_forward", "tile_pass", "exp_epilogue")]
+    command = [sys.executable, "-m", "pytest", *cases, "-q", "-p", "no:cacheprovider", "-m", which]
     # The interpreter is numpy, which warns of infinities that the cases are about.
     command += ["-W", "ignore::RuntimeWarning"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -52,6 +52,12 @@ def known(folder: Path, **changes: Any) -> Filled:
     return run.references.filled
 
 
+def known_by_one_of_many(number: int, folder: Path) -> None:
+    """`known` of 120 pairs, in a process beside others that do the same; what it reused and computed goes into a file."""
+    found = known(folder, data=random_pairs(120), max_tokens_per_forest=40)
+    (folder / f"{number}.txt").write_text(f"{found.reused} {found.computed}")
+
+
 def logged(run: DPOTrainer, name: str = "loss") -> list[float]:
     return [entry[name] for entry in run.state.log_history if name in entry]
 

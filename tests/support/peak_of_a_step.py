@@ -1,13 +1,14 @@
 """What does a real training step take on this CPU? Run as a script, in a process of its own: peaks belong to processes.
 
-    python peak_of_a_step.py '{"config": {...}, "tokens": 1536, "lora_r": 16, "checkpointing": true, "sharing": true}'
+    python peak_of_a_step.py '[{"config": {...}, "tokens": 1536, "lora_r": 16, "checkpointing": true, "sharing": true}]'
 
-Prints the bytes that a step had at its fullest, beyond what was resident before it: weights are, gradients of an earlier
-forest too. Linux only.
+Prints, for each step that is asked for, the bytes that it had at its fullest, beyond what was resident before it: weights
+are, gradients of an earlier forest too. Linux only.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -50,4 +51,6 @@ def main(given: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    for given in json.loads(sys.argv[1]):
+        main(given)
+        gc.collect()

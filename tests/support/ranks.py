@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dpo_engine.ops import linear_logps
 from support.head_distributions import normal, random_labels, upstream
+from support.rank_processes import start_ranks
 
 RANKS, N, D, V = 2, 21, 16, 90
 
@@ -111,12 +112,11 @@ WAYS: dict[str, Callable[[int], Found]] = {
 
 def run(folder: Path) -> list[dict[str, Found]]:
     """What every rank found in every way."""
-    torch.multiprocessing.spawn(_rank, args=(str(folder),), nprocs=RANKS)
+    start_ranks(_rank, (str(folder),), RANKS)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
 def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's own name need not resolve
     dist.init_process_group(
         "gloo",

@@ -75,8 +75,15 @@ def close(given: Tensor, want: Tensor, relative: float, absolute: float = 0.0) -
     torch.testing.assert_close(given.double(), want.double(), rtol=relative, atol=absolute)
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+# The dtype only rounds what is stored: in 16 bits one head shows it, the others are slow.
+DTYPES_AND_HEADS = [
+    (dtype, head) if dtype == torch.float32 or head is HEADS[-1] else pytest.param(dtype, head, marks=pytest.mark.slow)
+    for dtype in ROUNDING
+    for head in HEADS
+]
+
+
+@pytest.mark.parametrize("dtype,head", DTYPES_AND_HEADS, ids=str)
 @pytest.mark.parametrize("rows,columns", [(1, 1), (5, 257), (3, 2048), (2, 4100)])
 def test_exponentials_and_sums_are_those_of_the_definition(
     rows: int, columns: int, dtype: torch.dtype, head: dict
@@ -233,8 +240,15 @@ def no_moments(rows: int) -> Tensor:
     return torch.tensor([[-math.inf], [0.0], [0.0], [-math.inf]], device=DEVICE).repeat(1, rows)
 
 
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("start,in_place", [("label", True), ("nothing", False)])
+@pytest.mark.parametrize(
+    "start,in_place,head",
+    [("nothing", False, head) for head in HEADS]
+    + [
+        pytest.param("label", True, head, marks=[] if head in (HEADS[0], HEADS[-1]) else pytest.mark.slow)
+        for head in HEADS
+    ],
+    ids=str,
+)
 def test_moments_of_slab_after_slab_are_those_of_the_whole_row(start: str, in_place: bool, head: dict) -> None:
     """Logits that rise from slab to slab, so that a constant that starts from nothing moves again and again."""
     rows, columns, first, slab = 6, 230, 50, 64

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from dpo_engine import linear_logps_head
+from support.rank_processes import start_ranks
 from support.tiny_pairs import VOCABULARY, tiny_llama
 
 RANKS, ROWS, WIDTH = 2, 3, 9
@@ -155,13 +156,12 @@ def together(name: str, rank: int) -> tuple[Tensor, Found]:
 
 def run(folder: Path, names: list[str]) -> dict[str, list[tuple[Tensor, Found]]]:
     """What every rank found in each case."""
-    torch.multiprocessing.spawn(_rank, args=(str(folder), names), nprocs=RANKS)
+    start_ranks(_rank, (str(folder), names), RANKS)
     found = [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
     return {name: [of[name] for of in found] for name in names}
 
 
 def _rank(rank: int, folder: str, names: list[str]) -> None:
-    torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

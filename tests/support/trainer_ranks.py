@@ -22,7 +22,9 @@ from transformers import TrainerCallback
 
 from dpo_engine import DPOConfig, DPOTrainer
 from dpo_engine.reference.filling import Filled
-from support.tiny_pairs import random_pairs, tiny_llama
+from support.method_trees import trees_for
+from support.rank_processes import start_ranks
+from support.tiny_pairs import tiny_llama
 
 RANKS, PAIRS, HELD_OUT, STEPS = 2, 10, 7, 4
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -35,12 +37,19 @@ CASES: dict[str, dict[str, Any]] = {
     "full with a frozen head": {"lora": False, "reference_cache": "off", "label_smoothing": 0.2},
     "shuffled, evaluated first": {"lora": True, "train_sampling_strategy": "random", "seed": 3},
     "bco": {"lora": True, "method": "bco", "beta": 0.5},
+    "kto": {"lora": True, "method": "kto"},
+    "aot": {"lora": True, "method": "aot", "beta": 0.5},
+    "mixture": {"lora": True, "method": "dpo+bco+sft", "loss_weights": [0.8, 0.2, 1.0], "beta": 0.5},
+    "plackett_luce": {"lora": True, "method": "plackett_luce"},
+    "tdpo": {"lora": True, "method": "tdpo", "reference_cache": "off"},
+    "tr_dpo": {"lora": True, "method": "tr_dpo", "ref_model_sync_steps": 2, "reference_cache": "off"},
     "known reference": {"lora": True, "precompute_ref_log_probs": True, "reference_cache": "off"},
     "reference in every step": {"lora": True, "reference_cache": "off"},
     "weights on the first rank only": {"lora": True, "reference_cache": "auto"},
     "fully sharded": {"lora": False, "reference_cache": "off"},
     "fully sharded bco": {"lora": False, "method": "bco", "beta": 0.5},
     "fully sharded lora": {"lora": True},
+    "fully sharded kto": {"lora": False, "method": "kto"},
 }
 
 
@@ -90,8 +99,8 @@ def train(folder: Path, case: str, ranks: int) -> Run:
     trainer = DPOTrainer(
         model=model,
         args=args,
-        train_dataset=random_pairs(PAIRS),
-        eval_dataset=random_pairs(HELD_OUT, seed=5),
+        train_dataset=trees_for(args.method, PAIRS, seed=0),
+        eval_dataset=trees_for(args.method, HELD_OUT, seed=5),
         peft_config=(HEAD_LORA if "on the head" in case else LORA) if lora else None,
         callbacks=[seen],
     )
@@ -122,7 +131,7 @@ def train(folder: Path, case: str, ranks: int) -> Run:
     return Run(
         gradients=seen.steps,
         losses=[entry["loss"] for entry in logs],
-        margins=[entry["rewards/margins"] for entry in logs],
+        margins=[entry.get("rewards/margins", 0.0) for entry in logs],
         held_out=held_out,
         sharded=seen.sharded,
         forests=forests,
@@ -167,14 +176,13 @@ def run(folder: Path, cases: list[str]) -> dict[str, list[Run]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(str(folder), cases, port), nprocs=RANKS)
+    start_ranks(_rank, (str(folder), cases, port), RANKS)
     return {
         case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=False) for rank in range(RANKS)] for case in cases
     }
 
 
 def _rank(rank: int, folder: str, cases: list[str], port: int) -> None:
-    torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from dpo_engine.data import check_source, detect_format
 from dpo_engine.data.formats import preference_row, require_kind
 from dpo_engine.data.records import BadRow, PreferenceRow, SourceRow, UnusableRow
+from dpo_engine.data.token_columns import pairs_of_ids, token_columns
 from dpo_engine.errors import DataError
 
 USER = {"role": "user", "content": "q"}
@@ -273,3 +277,31 @@ def test_a_source_of_unpaired_rows_is_refused_before_it_is_read_to_the_end(tmp_p
     path.write_text(rows + "broken beyond the sample\n", encoding="utf-8")
     with pytest.raises(DataError, match="method 'dpo' needs pairs"):
         check_source(path)
+
+
+def _rows_of_the_page() -> list[tuple[str, dict[str, Any]]]:
+    """(kind, row) of every example in docs/data.md."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text("utf-8")
+    kinds = {"Unpaired: a completion and its label": "unpaired", "Ranked lists": "ranked"}
+    sections = dict(re.findall(r"^## ([^\n]+)\n(.+?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    return [
+        (kind, json.loads(row))
+        for heading, kind in kinds.items()
+        for row in re.findall(r"^\|.*`(\{.*\})` \|$", sections[heading], re.M)
+    ]
+
+
+def test_every_example_of_the_page_is_read_as_what_it_is_said_to_be() -> None:
+    rows = _rows_of_the_page()
+    assert len(rows) == 11
+    for kind, row in rows:
+        if columns := token_columns(row):
+            bounds: dict[str, Any] = {"max_length": None, "truncation": "keep_start", "kind": kind}
+            assert pairs_of_ids([row], columns, "rows", **bounds)[0].desirable == (True,)
+            continue
+        assert detect_format([row]).kind == kind, row
+        read = preference_row(detect_format([row]), SourceRow(origin="row 1", columns=row), kind)
+        best = read.completions[0]
+        says = best if isinstance(best, str) else best[-1]["content"]
+        is_good = read.desirable is None or read.desirable[0]
+        assert ("robin" in says) == is_good, row

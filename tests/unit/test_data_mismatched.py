@@ -66,6 +66,12 @@ def test_each_row_gets_from_another_prompt_and_gives_once_wherever_that_can_be(p
         assert max(given_by.values()) <= -(-most // others) + 1
 
 
+def test_where_one_prompt_has_most_rows_the_others_give_in_turn() -> None:
+    trees = _trees([0] * 90 + [1, 2, 3] * 10)
+    given_by = _given_by(trees, with_mismatched(trees, None))
+    assert 3 <= max(given_by.values()) <= 4 and len(given_by) > 50
+
+
 def test_rows_of_many_answers_to_a_prompt_give_once_each() -> None:
     trees = _trees([number // 4 for number in range(2000)])
     assert len(_given_by(trees, with_mismatched(trees, None))) == 2000

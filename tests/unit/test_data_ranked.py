@@ -257,6 +257,19 @@ def test_streams_of_lists_are_read_as_lists_in_memory_are(tmp_path: Any) -> None
     assert 0 < len(data) < 40 and _accounted(data)
 
 
+def test_fields_that_parquet_fills_with_null_are_not_read() -> None:
+    item = {"text": None, "score": None, "role": None}
+    row = {
+        "prompt": "q",
+        "answers": [item | {"answer": "b", "rank": 2}, item | {"answer": "a", "rank": 1}],
+        "scores": None,
+    }
+    [tree] = data = _tokens([row])
+    assert (
+        data.rows[0].completions == ("a", "b") and tree.ranks == (0, 1) and "by rank in answers" in data.report.format
+    )
+
+
 def test_one_row_of_a_file_is_found_or_said_to_be_left_out(tmp_path: Any) -> None:
     path = tmp_path / "lists.json"
     path.write_text(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,9 +214,9 @@ def test_what_is_missing_comes_with_what_to_do(
     assert torch.cuda.is_available() or "this CPU has no bfloat16 instructions: dtype auto means float32" in out
 
 
-def test_doctor_is_a_verb_of_the_command() -> None:
-    command = [sys.executable, "-m", "dpo_engine.cli.main"]
-    shown = subprocess.run([*command, "doctor", "--help"], capture_output=True, text=True, check=True).stdout
+def test_doctor_is_a_verb_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = run(monkeypatch, capsys, "--help")
+    assert code == 0
     for name in ("--model", "--shape", "--dtype", "--quick", "--json"):
         assert name in shown
 

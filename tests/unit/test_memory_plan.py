@@ -272,7 +272,7 @@ def test_a_folder_is_planned_by_its_config_and_data_by_its_lengths(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["fits"] and 40 < found["max_length"] < 600
-    assert "2 pairs" in done.stderr
+    assert "2 rows" in done.stderr
 
 
 @pytest.mark.parametrize(

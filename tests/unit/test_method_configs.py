@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import yaml
 pytest.importorskip("transformers")
 
 from dpo_engine.data import check_source
-from dpo_engine.losses import LOSSES, ListStats, get_method
-from dpo_engine.train.method_arguments import KINDS, PARAMETERS
+from dpo_engine.losses import LOSSES, get_method
+from dpo_engine.train.method_arguments import PARAMETERS
 from dpo_engine.train.run import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -52,8 +53,8 @@ def test_its_data_is_what_the_method_trains_on(path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     keys = _keys(path)
     method = get_method(keys["method"])
-    kind = "ranked" if path.stem == "ranked_pairs" else KINDS[method.needs]
-    source = check_source(keys["data"], method=keys["method"], kind=KINDS[method.needs])
+    kind = "ranked" if path.stem == "ranked_pairs" else method.kind
+    source = check_source(keys["data"], method=keys["method"], kind=method.kind)
     assert not source.report.rows_left_out and len(source.rows) >= 30
     for row in source.rows:
         ranks, labels = row.ranks, row.desirable
@@ -73,9 +74,6 @@ def test_the_labelled_rows_are_unpaired_and_the_weights_even_them_out(monkeypatc
 
 
 def test_lists_are_of_both_sizes_and_not_in_order_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    import json
-
-    assert KINDS[ListStats] == "ranked"
     rows = [json.loads(line) for line in (ROOT / "examples" / "ranked_train.jsonl").read_text("utf-8").splitlines()]
     assert {len(row["completions"]) for row in rows} == {3, 4}
     assert any(row["scores"] != sorted(row["scores"], reverse=True) for row in rows)
