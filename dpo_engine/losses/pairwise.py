@@ -40,7 +40,7 @@ def dpo_loss(
         log 2 where policy and reference agree.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing from Mitchell 2023, "A note on DPO with noisy
-        preferences", eq. 3.
+        preferences", eq. 3; of means over tokens in place of sums, Lambert et al. 2024, Tulu 3, arXiv:2411.15124.
     """
     h = (policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps)
     return _smoothed(beta * h, label_smoothing)
@@ -285,8 +285,8 @@ def discopop_loss(
         arXiv:2406.08414, eq. 5 (log-ratio modulated loss).
     """
     z = beta * ((policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps))
-    m = torch.sigmoid(z / discopop_tau)
-    return (1 - m) * -logsigmoid(z) + m * torch.exp(-z)
+    logistic = torch.sigmoid(-z / discopop_tau) * -logsigmoid(z)
+    return logistic + torch.exp(logsigmoid(z / discopop_tau) - z)  # one exponent: m may be 0 where exp(-z) is infinite
 
 
 def f_dpo_loss(

@@ -22,6 +22,8 @@ class Parameter:
     excludes: tuple[float, ...] = ()
     """Numbers within the bounds that are refused, such as a bound itself."""
     choices: tuple[str, ...] = ()
+    is_whole: bool = False
+    """Fractions are refused."""
 
     def of(self, default: Any, **bounds: Any) -> Parameter:
         """The same parameter with another method's default, or within other bounds."""
@@ -41,7 +43,8 @@ class Parameter:
             if math.isfinite(bound)
         ]
         inner = [f"{number:g}" for number in self.excludes if number not in (self.lowest, self.highest)]
-        return f"a finite number {' and '.join(ends)}".rstrip() + (f" other than {', '.join(inner)}" if inner else "")
+        kind = "a whole number" if self.is_whole else "a finite number"
+        return f"{kind} {' and '.join(ends)}".rstrip() + (f" other than {', '.join(inner)}" if inner else "")
 
     def check(self, value: Any) -> None:
         """Raise a `ConfigError` unless it may be `value`."""
@@ -50,6 +53,7 @@ class Parameter:
         else:
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             holds = is_number and self.lowest <= value <= self.highest and value not in self.excludes
+            holds = holds and (not self.is_whole or value == int(value))
         if not holds:
             raise ConfigError(f"{self.name}={value!r} is out of range; expected {self.expected}")
 
@@ -74,7 +78,7 @@ LD_ALPHA = Parameter(name="ld_alpha", default=0.5, lowest=0.0, highest=1.0)
 R_DPO_ALPHA = _at_least_zero("r_dpo_alpha", 0.01)
 TDPO_ALPHA = _at_least_zero("tdpo_alpha", 0.5)
 REF_MODEL_MIXUP_ALPHA = Parameter(name="ref_model_mixup_alpha", default=0.6, lowest=0.0, highest=1.0, excludes=(0.0,))
-REF_MODEL_SYNC_STEPS = Parameter(name="ref_model_sync_steps", default=512, lowest=1)
+REF_MODEL_SYNC_STEPS = Parameter(name="ref_model_sync_steps", default=512, lowest=1, is_whole=True)
 CPO_ALPHA = _at_least_zero("cpo_alpha", 1.0)
 GAMMA_BETA_RATIO = _at_least_zero("gamma_beta_ratio", 0.5)
 DESIRABLE_WEIGHT = _above_zero("desirable_weight", 1.0)

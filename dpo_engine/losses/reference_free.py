@@ -15,6 +15,8 @@ def nll_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
     """`-chosen_logps / chosen_lengths`: a token's negative log-likelihood, a mean over each sequence's own tokens.
 
     Each sequence counts the same, however long; a mean over a batch's tokens would count long ones more.
+
+    Source: supervised fine-tuning as before a preference stage, Ouyang et al. 2022, arXiv:2203.02155.
     """
     return -chosen_logps / chosen_lengths
 

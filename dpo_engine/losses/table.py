@@ -71,7 +71,7 @@ def _ipo(stats: PairStats, settings: Settings) -> Tensor:
 
 
 def _dpo_nll(stats: PairStats, settings: Settings) -> Tensor:
-    """Pang et al. 2024, "Iterative reasoning preference optimization", arXiv:2404.19733, eq. 2."""
+    """Source: Pang et al. 2024, "Iterative reasoning preference optimization", arXiv:2404.19733, eq. 2."""
     nll = nll_loss(stats.chosen_logps, stats.chosen_lengths)
     return dpo_loss(*four_sums(stats), settings["beta"]) + settings["rpo_alpha"] * nll
 
@@ -102,7 +102,10 @@ def _ld_dpo(stats: PairStats, settings: Settings) -> Tensor:
 
 
 def _tr_dpo(stats: PairStats, settings: Settings) -> Tensor:
-    """Gorbatovski et al. 2024, "Learn your reference model for real good alignment", arXiv:2404.09656: DPO's loss."""
+    """DPO's loss; the reference is another at each sync.
+
+    Source: Gorbatovski et al. 2024, "Learn your reference model for real good alignment", arXiv:2404.09656.
+    """
     return dpo_loss(*four_sums(stats), settings["beta"])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from dpo_engine.losses import Method
+from dpo_engine.losses import Method, PairStats, UnpairedStats
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,7 @@ _FALL_PER_TOKEN = 0.1  # nats; against the reference, on the same completions
 _FALL_PER_TOKEN_OF_OTHERS = 0.5  # against the run's first completions, which are others
 _LEARNT = 0.95
 _FLAT = 0.02
+_COIN = 0.5  # what completions are told apart with where policy and reference agree
 
 
 class Health:
@@ -55,7 +56,7 @@ class Health:
                 "displacement",
                 f"likelihood displacement: margins grow (rewards/margins {means['rewards/margins']:.3f}), but the chosen "
                 f"completions' mean log-prob is {against}: both become less likely, the rejected ones faster. Where that is not "
-                f"wanted: {self._remedy()}, a lower learning_rate, or pairs whose completions differ in more than a few tokens",
+                f"wanted: {self._remedy()}",
             )
 
     def judged(self, means: dict[str, float], name: str = "") -> None:
@@ -63,20 +64,32 @@ class Health:
         accuracy = means.get("rewards/accuracies")
         if accuracy is None:
             return
-        first = self._first_held_out.setdefault(name, accuracy)
-        train = self._train_accuracy
-        if train is not None and train >= _LEARNT and accuracy - first < _FLAT and accuracy < _LEARNT:
+        before = self._first_held_out.get(name)
+        self._first_held_out.setdefault(name, accuracy)
+        train, began = self._train_accuracy, _COIN if before is None else before
+        if train is not None and train >= _LEARNT and accuracy - began < _FLAT and accuracy < _LEARNT:
+            against = "a coin has 50%" if before is None else f"it began at {before:.0%}"
+            smoothing = ", label_smoothing (cdpo)" if self.method.needs is PairStats else ""
             self._warn(
                 "memorisation",
-                f"memorisation: accuracy is {train:.0%} on the rows trained on and {accuracy:.0%} on held-out rows, where it began "
-                f"at {first:.0%}: fewer epochs, a lower learning_rate, a higher beta, label_smoothing (cdpo), or more data",
+                f"memorisation: accuracy is {train:.0%} on the rows trained on and {accuracy:.0%} on held-out rows, where "
+                f"{against}: fewer epochs, a lower learning_rate, a higher beta{smoothing}, or more data",
             )
 
     def _remedy(self) -> str:
-        if not self.method.needs_reference:
-            return "a mixture with sft (method: simpo+sft), which holds it up"
-        others = [name for name in ("dpo_nll", "dpop") if name != self.method.name]
-        return f"method: {' or '.join(others)}, which holds it up"
+        """What holds the chosen completions up, and can be said of this method and its data."""
+        if self.method.needs is UnpairedStats:
+            return "a higher desirable_weight, or a lower learning_rate"
+        names = [self.method.name, *(part.name for _, part in self.method.parts)]
+        if "sft" in names:
+            held = "a larger weight of sft in loss_weights"
+        elif not self.method.needs_reference:
+            held = f"a mixture with sft (method: {self.method.name}+sft), which holds it up"
+        elif others := [name for name in ("dpo_nll", "dpop") if name not in names]:
+            held = f"method: {' or '.join(others)}, which holds it up"
+        else:
+            held = "a larger rpo_alpha or dpop_lambda"
+        return f"{held}, a lower learning_rate, or pairs whose completions differ in more than a few tokens"
 
     def _warn(self, kind: str, line: str) -> None:
         if kind not in self._said:

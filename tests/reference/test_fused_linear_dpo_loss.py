@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from dpo_engine import FusedLinearDPOLoss
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import LOSSES, PairStats
 from support.head_distributions import normal, random_labels
+from support.loss_formulas import FORMULAS
 
 PAIRS, T, D, V, RANK = 3, 7, 16, 61, 4
 NAMES = (
@@ -216,13 +216,17 @@ def test_ld_dpo_weighs_the_tokens_beyond_the_shorter_completion() -> None:
     [
         ({"loss_type": "ipoo"}, "loss_type='ipoo' is not built; did you mean 'ipo'"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 is no parameter of loss_type='ipo'"),
-        ({"label_smoothing": 0.5}, r"label_smoothing=0.5; expected a number in \[0, 0.5\)"),
+        ({"label_smoothing": 0.5}, r"label_smoothing=0\.5 is out of range; expected .* of at least 0 and below 0\.5"),
+        ({"beta": 0.0}, r"beta=0\.0 is out of range; expected a finite number above 0"),
         ({"discopop_tau": 0.1}, "discopop_tau=0.1 is no parameter of loss_type='sigmoid'"),
         ({"ld_alpha": 0.1}, "ld_alpha=0.1 is no parameter of loss_type='sigmoid'"),
-        ({"loss_type": "ld_dpo"}, "loss_type='ld_dpo' came without ld_alpha"),
+        ({"loss_type": "ld_dpo", "ld_alpha": 1.5}, r"ld_alpha=1\.5 is out of range; expected .* of at most 1"),
+        ({"loss_type": "kto"}, "loss_type='kto' is no loss of pairs; expected one of"),
+        ({"loss_type": "plackett_luce"}, "loss_type='plackett_luce' is no loss of pairs; expected one of"),
+        ({"loss_type": "tdpo"}, "loss_type='tdpo' needs whole distributions; expected one of"),
     ],
 )
-def test_a_setting_that_would_be_ignored_or_is_missing_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_a_setting_that_would_be_ignored_or_is_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FusedLinearDPOLoss(**settings)
 
@@ -243,21 +247,55 @@ def test_half_a_reference_or_one_too_many_is_refused(
         FusedLinearDPOLoss(**settings)(**given)
 
 
-@pytest.mark.parametrize("name", sorted(name for name, method in LOSSES.items() if method.needs is PairStats))
-def test_every_pairwise_method_of_the_table_starts_from_its_own_value(name: str, tmp_path: Path) -> None:
-    given = case()
-    same = {"ref_input": given["_input"], "ref_weight": given["lin_weight"], "ref_bias": given["bias"]}
-    method = LOSSES[name]
-    if not method.needs_reference:
-        given, same = {key: value for key, value in given.items() if not key.startswith("ref_")}, {}
-    pytest.importorskip("transformers")
-    from dpo_engine import DPOConfig
+def stats_by_definition(given: dict[str, Tensor], *, with_reference: bool) -> PairStats:
+    """What a loss reads of these pairs, from full logits; without a reference it is 0."""
+    scored = given["target"] != -100
+    labels = given["target"].clamp_min(0)[..., None]
+    lengths = scored.sum(-1)
+    public = scored & (scored.cumsum(-1) <= torch.minimum(*lengths.chunk(2)).repeat(2)[:, None])
+    fields: dict[str, Tensor] = {}
+    for owner, under in (("", ""), ("reference_", "ref_")):
+        hidden = given["ref_input" if under else "_input"]
+        weight, bias = given["ref_weight" if under else "lin_weight"], given["ref_bias" if under else "bias"]
+        logps = (hidden @ weight.T + bias).log_softmax(-1)
+        tokens = logps.gather(-1, labels).squeeze(-1) * (with_reference or not under)
+        confidence = tokens - logps.mul(2).exp().sum(-1).log()
+        for side, half in (("chosen", slice(None, PAIRS)), ("rejected", slice(PAIRS, None))):
+            fields[f"{owner}{side}_logps"] = (tokens * scored).sum(-1)[half]
+            fields[f"{owner}{side}_public_logps"] = (tokens * public).sum(-1)[half]
+            if not under:
+                fields[f"{side}_lengths"] = lengths[half].double()
+                fields[f"{side}_confidence"] = ((confidence * scored).sum(-1) / lengths)[half].detach()
+    return PairStats(**fields)
 
-    # As the trainer has them, for losses that are yet to come too.
-    config = DPOConfig(output_dir=str(tmp_path), method=name, use_cpu=True)
-    parameters = {parameter: getattr(config, parameter) for parameter in method.uses}
-    function = FusedLinearDPOLoss(loss_type=name, beta=method.beta, **parameters)
-    loss, _ = function(**{**given, **same})
-    assert loss.isfinite()
-    if method.needs_reference:
-        assert loss.item() == pytest.approx(method.start(function.config), rel=1e-6)
+
+FUSED = sorted(name for name, method in LOSSES.items() if method.needs is PairStats and not method.token_kl)
+
+
+@pytest.mark.parametrize("use_reference", [True, False], ids=["a reference", "none"])
+@pytest.mark.parametrize("name", FUSED)
+def test_every_method_of_pairs_is_its_formula_of_full_logits(name: str, use_reference: bool) -> None:
+    given, method = case(torch.float64), LOSSES[name]
+    with_reference = use_reference and method.needs_reference
+    beta = method.settings(None).get("beta", 0.1)
+    passed = given if with_reference else {key: value for key, value in given.items() if not key.startswith("ref_")}
+    found, gradients = outcome(FusedLinearDPOLoss(loss_type=name, beta=beta, use_ref_model=use_reference), passed)
+    leaves = {key: given[key].clone().requires_grad_() for key in gradients}
+    stats = stats_by_definition({**given, **leaves}, with_reference=with_reference)
+    expected = FORMULAS[name](stats, **({"beta": beta} if "beta" in method.uses else {})).mean()
+    torch.testing.assert_close(found["loss"], expected.detach())
+    (1.7 * expected).backward()
+    for key, leaf in leaves.items():
+        torch.testing.assert_close(gradients[key], leaf.grad)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_not_given_is_the_methods_own_value(name: str) -> None:
+    given, method = case(torch.float64), LOSSES[name]
+    if not method.needs_reference:
+        given = {key: value for key, value in given.items() if not key.startswith("ref_")}
+    own = {key: value for key, value in method.settings(None).items() if key != "beta"}
+    plain, _ = outcome(FusedLinearDPOLoss(loss_type=name), given)
+    written_out, _ = outcome(FusedLinearDPOLoss(loss_type=name, **own), given)
+    assert torch.equal(plain["loss"], written_out["loss"])
+    assert "ld_alpha" not in own or own["ld_alpha"] == 0.5

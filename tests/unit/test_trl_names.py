@@ -19,6 +19,7 @@ from dpo_engine import DPOConfig
 from dpo_engine.cli.options import parse
 from dpo_engine.errors import ConfigError
 from dpo_engine.losses import LOSSES
+from dpo_engine.train.method_arguments import MethodArguments
 from dpo_engine.train.run import TrainConfig
 from dpo_engine.train.trl_names import ALIAS, DPO_CONFIG, LOSS_TYPES, NO_EFFECT, ONLY, SAME, TRL_NAMES, trl_name
 from dpo_engine.train.trl_settle import say_once
@@ -65,6 +66,12 @@ def default_of(field: Any) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def said_by(config: type) -> set[str]:
+    """Fields that a class says itself, or by what says the methods' parameters for it."""
+    bases = [base for base in (config, MethodArguments) if issubclass(config, base)]
+    return set().union(*(inspect.get_annotations(base) for base in bases))
+
+
 @pytest.mark.parametrize("release", FIELDS)
 def test_every_field_of_a_release_is_in_the_table(release: str) -> None:
     assert FIELDS[release] <= {row.name for row in TRL_NAMES}
@@ -96,7 +103,7 @@ def test_names_are_fields_once() -> None:
     for row in TRL_NAMES:
         assert row.name in ours, row.name
         config = DPOConfig if row.owner == DPO_CONFIG else TrainConfig
-        own = row.name in inspect.get_annotations(config) or row.name in TrainingArguments.__dataclass_fields__
+        own = row.name in said_by(config) or row.name in TrainingArguments.__dataclass_fields__
         same = own or row.name in inspect.get_annotations(TrainConfig)
         assert same == (row.kind == SAME), f"{row.name}: a key of ours, and yet {row.kind} (or the other way round)"
         assert row.kind != ALIAS or row.to in ours
@@ -133,13 +140,30 @@ def test_a_loss_is_a_method_or_refused_with_the_nearest(name: str) -> None:
         made(loss_type=name)
 
 
-def test_several_losses_and_unknown_ones_are_refused() -> None:
-    with pytest.raises(ConfigError, match="is a sum of 2 losses; expected one"):
-        made(loss_type=["sigmoid", "sft"], loss_weights=None)
-    with pytest.raises(ConfigError, match=r"loss_weights=\[0.8, 0.2\]"):
+def test_several_losses_are_a_mixture_with_trls_weights(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = made(loss_type=["sigmoid", "nca_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
+    assert (config.method, config.loss_weights, config.loss_type) == ("dpo+nca+sft", [0.8, 0.2, 1.0], None)
+    assert [(weight, part.name) for weight, part in config.entry.parts] == [(0.8, "dpo"), (0.2, "nca"), (1.0, "sft")]
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("dpo_engine")]
+    said = "loss_type=['sigmoid', 'nca_pair', 'sft'] is TRL's name for method='dpo+nca+sft'"
+    assert sum(said in line for line in lines) == 1
+    assert [weight for weight, _ in made(loss_type=["sigmoid", "sft"]).entry.parts] == [1.0, 1.0]
+    assert parse(TrainConfig, [*FLAGS, "--loss_type", "sigmoid", "sft"]).method == "dpo+sft"
+
+
+def test_weights_that_do_not_fit_a_loss_without_a_method_and_an_unknown_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"loss_weights=\[0.8, 0.2\] with the one method 'dpo'; expected none"):
         made(loss_weights=[0.8, 0.2])
-    with pytest.raises(ConfigError, match=r"loss_type='sigmod' is not one of TRL's"):
-        made(loss_type="sigmod")
+    with pytest.raises(ConfigError, match=r"loss_weights=\[1.0\] for method='dpo\+sft'; expected 2 finite numbers"):
+        made(loss_type=["sigmoid", "sft"], loss_weights=[1.0])
+    with pytest.raises(ConfigError, match=r"method='dpo\+dpo' has a method twice"):
+        made(loss_type=["sigmoid", "sigmoid"])
+    with pytest.raises(ConfigError, match=r"loss_type='aot_unpaired' \(TRL's\) has no method of the same formula"):
+        made(loss_type=["sigmoid", "aot_unpaired"])
+    for names in ("sigmod", ["sigmoid", "sigmod"]):
+        with pytest.raises(ConfigError, match=r"loss_type='sigmod' is not one of TRL's"):
+            made(loss_type=names)
 
 
 def test_an_alias_says_once_what_it_is_and_reads_none_afterwards(caplog: pytest.LogCaptureFixture) -> None:
@@ -181,12 +205,28 @@ def test_what_is_set_on_a_configuration_later_is_settled_again() -> None:
         config.settle()
 
 
-def test_ld_alpha_with_dpo_is_ld_dpo_and_needs_one_of_the_two() -> None:
-    assert (made(ld_alpha=0.3).method, made(ld_alpha=0.3, loss_type="sigmoid").method) == ("ld_dpo", "ld_dpo")
-    assert made(method="ld_dpo").ld_alpha == 0.5
-    assert (made().method, made().ld_alpha) == ("dpo", None)
-    with pytest.raises(ConfigError, match=r"ld_alpha=0.3 is out of range"):
-        made(ld_alpha=0.3, loss_type="ipo")
+@pytest.mark.parametrize(
+    ("name", "value", "method"),
+    [
+        ("ld_alpha", 0.3, "ld_dpo"),
+        ("rpo_alpha", 0.3, "dpo_nll"),
+        ("f_divergence_type", "js_divergence", "f_dpo"),
+        ("use_weighting", True, "wpo"),
+        ("sync_ref_model", True, "tr_dpo"),
+    ],
+)
+def test_what_makes_trls_dpo_another_method_makes_it_that_method_and_says_so(
+    name: str, value: Any, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert made(**{name: value}).method == made(**{name: value}, loss_type="sigmoid").method == method
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum(line == f"{name}={value} with method 'dpo': the method is {method!r}" for line in lines) == 1
+    own = made(method=method)
+    assert own.method == method and own.entry.settings(own) == LOSSES[method].settings(None)
+    with pytest.raises(ConfigError, match=rf"{name}={value!r} is out of range; expected (none|false): the method ipo"):
+        made(**{name: value}, loss_type="ipo")
+    assert (made().method, made(f_divergence_type="reverse_kl").method) == ("dpo", "dpo")
 
 
 def test_a_run_by_trls_names_trains_what_it_would_there(tmp_path: Path) -> None:
