@@ -109,6 +109,10 @@ class FusedLinearDPOLoss(nn.Module):
                 raise ConfigError(
                     f"{key}={value!r} is no parameter of loss_type={name!r}; expected one of its own: {has}"
                 )
+        if name == "r_dpo" and self.average_log_prob:
+            raise ConfigError(
+                "average_log_prob=True with loss_type='r_dpo', which reads lengths, and of means there are none; expected False"
+            )
         config = SimpleNamespace(beta=self.beta, **given)
         self.method.check(config)
         return config

@@ -132,11 +132,14 @@ class MethodArguments:
         Raises:
             ConfigError: an unknown method, a parameter out of range, or one that the method does not use.
         """
+        if self.beta == vars(self).get("_own_beta", ...):  # of the method that was set before
+            self.beta = None
+        is_of_trl = vars(self).get("_is_of_trl", False)
         for name, method in SWITCHES:
             given = getattr(self, name)
             if self.method in ("dpo", "sigmoid") and given not in (None, False, "reverse_kl"):
                 say_once(f"{name}={given} with method 'dpo': the method is {method!r}")
-                self.method = method
+                self.method, is_of_trl = method, True
         entry = self.entry
         self.method = entry.name
         methods = [entry, *(part for _, part in entry.parts)]
@@ -156,12 +159,26 @@ class MethodArguments:
                     f"{uses_shown})"
                 )
         entry.check(self)
-        if not entry.parts and "beta" in uses:
-            self.beta = entry.settings(self)["beta"]
+        if is_of_trl:
+            for used in methods:
+                self._say_defaults(used)
+        if not entry.parts and "beta" in uses and self.beta is None:
+            self.beta = self._own_beta = entry.settings(self)["beta"]
         if self.ranked_pairs not in RANKED_PAIRS:
             raise ConfigError(
                 f"ranked_pairs={self.ranked_pairs!r} is out of range; expected one of {', '.join(RANKED_PAIRS)}"
             )
+
+    def _say_defaults(self, method: Method) -> None:
+        """Say which parameters are left at a method's own default that is not TRL's, where TRL's names are used."""
+        of_trl = {row.name: row.default for row in TRL_NAMES if row.kind == SAME and row.default is not None}
+        left = [
+            f"{own.name} {own.default} (TRL: {of_trl[own.name]})"
+            for own in method.parameters
+            if getattr(self, own.name) is None and own.name in of_trl and own.default != of_trl[own.name]
+        ]
+        if left:
+            say_once(f"method {method.name!r} has defaults of its own that are not TRL's: {', '.join(left)}")
 
 
 PARAMETERS = tuple(

@@ -52,6 +52,8 @@ def settle_names(config: Any) -> None:
             setattr(config, row.to, ours)
             setattr(config, row.name, None)
             say_once(_alias_line(row, given, ours, with_note=given != "sigmoid" or bool(config.label_smoothing)))
+    if is_of_trl:
+        config._is_of_trl = True
     was_said = vars(config).get("_defaults_said", False)  # what has no effect stays, and is seen again
     if is_of_trl and not was_said and (line := _defaults_line(config, fields)):
         say_once(line)

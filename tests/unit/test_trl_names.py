@@ -260,3 +260,35 @@ def test_a_mixture_of_data_sets_is_refused_by_its_name(tmp_path: Path) -> None:
 
 def test_what_has_no_effect_says_why() -> None:
     assert all(row.note for row in TRL_NAMES if row.kind == NO_EFFECT)
+
+
+def test_defaults_of_a_method_that_are_not_trls_are_said_where_trls_names_are_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        made(loss_type="robust")
+        made(loss_type="sppo_hard")
+        made(loss_type="ipo")
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(
+        "method 'rdpo' has defaults of its own that are not TRL's: label_smoothing 0.1 (TRL: 0.0)" in line
+        for line in lines
+    )
+    assert any(
+        "method 'sppo' has defaults of its own that are not TRL's: beta 0.001 (TRL: 0.1)" in line for line in lines
+    )
+    assert not any("method 'ipo' has defaults" in line for line in lines)
+
+
+def test_a_method_set_later_takes_its_own_beta_unless_one_was_given() -> None:
+    config = made()
+    config.method = "simpo"
+    config.settle()
+    assert config.beta == 2.0
+    config.method = "sft"
+    config.settle()
+    assert config.beta is None
+    config = made(beta=0.3)
+    config.method = "ipo"
+    config.settle()
+    assert config.beta == 0.3
