@@ -6,7 +6,8 @@ unpaired.py          KTO
 ranked.py            Plackett-Luce
 stats.py             what a loss gets to see
 parameters.py        what it can be told
-method.py            a loss with everything it needs, and mixtures of them
+method.py            a loss with everything it needs
+    mixture.py           a weighted sum of them
 table.py             the names
 """
 

@@ -266,7 +266,7 @@ def aot_loss(
     Source: Melnyk et al. 2024, "Distributional preference alignment of LLMs via optimal transport", arXiv:2406.05882, eq. 9.
     """
     margins = policy_chosen_logps - policy_rejected_logps
-    places = margins.detach().argsort().argsort()  # of each pair among the policy's margins
+    places = margins.detach().argsort(stable=True).argsort(stable=True)  # of each pair among the policy's margins
     against = (reference_chosen_logps - reference_rejected_logps).sort().values[places]
     return _smoothed(beta * (margins - against), label_smoothing)
 

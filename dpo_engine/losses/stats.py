@@ -31,7 +31,8 @@ class PairStats:
     """Scored tokens of the chosen completion, its end-of-sequence token included."""
     rejected_lengths: Tensor
     chosen_public_logps: Tensor | None = None
-    """`chosen_logps` over the first `min(chosen_lengths, rejected_lengths)` tokens only, for a `public_part`."""
+    """`chosen_logps` over the first `min(chosen_lengths, rejected_lengths)` tokens only, for a `public_part`.
+    None: whoever gives the sums has weighted them already."""
     rejected_public_logps: Tensor | None = None
     reference_chosen_public_logps: Tensor | None = None
     reference_rejected_public_logps: Tensor | None = None
@@ -76,8 +77,6 @@ class UnpairedStats:
     baseline: Tensor | None = None
     """() `z0`: how far policy and reference are apart, without gradient; for a method that has `mismatched` completions."""
 
-    with_gradient: ClassVar[tuple[str, ...]] = ("logps",)
-
     def __len__(self) -> int:
         return len(self.logps)
 
@@ -99,8 +98,6 @@ class ListStats:
     weights: Tensor | None = None
     """(T,) what each list's loss counts in a step's mean; None: 1."""
     k3: Tensor | None = None
-
-    with_gradient: ClassVar[tuple[str, ...]] = ("logps",)
 
     def __len__(self) -> int:
         return self.lists

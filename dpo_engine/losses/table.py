@@ -16,12 +16,12 @@ from dpo_engine.losses.method import (
     Settings,
     four_means,
     four_sums,
-    mixture,
     needed,
     on_fields,
     on_means,
     on_sums,
 )
+from dpo_engine.losses.mixture import mixture
 from dpo_engine.losses.pairwise import (
     aot_loss,
     apo_down_loss,

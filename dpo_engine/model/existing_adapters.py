@@ -130,14 +130,14 @@ def add_reference_adapter(model: nn.Module) -> None:
     Raises:
         ConfigError: several adapters are active, or the one that is changed the model's own weights when it began.
     """
-    if has_reference_adapter(model):
-        return
     policy: Any = model
     active = list(policy.active_adapters)
     if len(active) != 1:
         raise ConfigError(
             f"the adapters {', '.join(active) or '(none)'} are active; expected one, of which the reference is a copy"
         )
+    if has_reference_adapter(model):
+        return
     config = copy.deepcopy(policy.peft_config[active[0]])
     if getattr(config, "init_lora_weights", None) not in (True, False, "gaussian"):
         raise ConfigError(
@@ -169,7 +169,7 @@ def twin_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 def _adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """By name, a star in the place of the adapter's own."""
     return {
-        name.replace(f".{adapter}", ".*"): parameter
+        ".".join("*" if part == adapter else part for part in name.split(".")): parameter
         for name, parameter in model.named_parameters()
         if _is_of(name, adapter)
     }

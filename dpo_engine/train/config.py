@@ -202,6 +202,13 @@ class DPOConfig(MethodArguments, TrlArguments, TrainingArguments):
             self.max_steps,
             "a number above 0, or -1 for all epochs",
         )
+        keeps_more = self.entry.moving_reference or self.entry.baseline is not None
+        require(
+            not (self.load_best_model_at_end and keeps_more),
+            "load_best_model_at_end",
+            self.load_best_model_at_end,
+            f"false: the method {self.method} is more than its weights (a reference that moves, or a running mean)",
+        )
         require(
             self.neftune_noise_alpha is None,
             "neftune_noise_alpha",

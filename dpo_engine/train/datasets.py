@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from dpo_engine.batch import TokenTree
 from dpo_engine.data import DataReport, PairData, tokenize_pairs
 from dpo_engine.data.inspection import suggested_weights
-from dpo_engine.data.mismatched import with_mismatched
 from dpo_engine.data.records import describe_reason
 from dpo_engine.data.streaming import PairStream
 from dpo_engine.data.token_columns import pairs_of_ids, token_columns
 from dpo_engine.errors import ConfigError, DataError
-from dpo_engine.reference.values import ReferenceValues
+from dpo_engine.reference.values import ReferenceValues, with_reference
 from dpo_engine.train.config import DPOConfig
+from dpo_engine.train.mismatched import trees_with_mismatched
 from dpo_engine.train.trl_settle import say_once
 
 logger = logging.getLogger(__name__)
@@ -86,14 +86,30 @@ def _for_method(data: Any, args: DPOConfig, name: str) -> Any:
                 f"{getattr(tree, 'origin', None) or f'{name}: row {index + 1}'} {fault}; the method {method.name} trains on "
                 f"{_EXPECTED[method.kind]}"
             )
-    if not method.mismatched:
-        return data
-    if args.process_index == 0:
+    if method.kind == "unpaired" and args.process_index == 0 and name == "train_dataset":
         _suggest_weights(data, args, name)
-    if getattr(data[0], "mismatched", False):
-        return data
-    trees = with_mismatched(list(data), args.max_length)
-    return replace(data, trees=trees) if isinstance(data, PairData) else trees
+    if method.mismatched and not getattr(data[0], "mismatched", False):
+        return _replaced(data, trees_with_mismatched(list(data), args.max_length))
+    are_ranked = [getattr(tree, "ranks", None) is not None for tree in data]
+    if args.ranked_pairs != "all" and name == "train_dataset" and not any(are_ranked):
+        raise ConfigError(
+            f"ranked_pairs={args.ranked_pairs!r}, but {name} has pairs only; expected all, or ranked lists"
+        )
+    if any(are_ranked) and not all(are_ranked):  # in a forest all completions have ranks, or none
+        both = zip(data, are_ranked, strict=True)
+        return _replaced(data, [tree if is_ranked else _as_list(tree) for tree, is_ranked in both])
+    return data
+
+
+def _replaced(data: Any, trees: list[TokenTree]) -> Any:
+    """The data set with other trees for its rows."""
+    return replace(data, trees=trees) if isinstance(data, PairData) else trees  # type: ignore[arg-type]  # all are trees
+
+
+def _as_list(pair: TokenTree) -> TokenTree:
+    """A pair as a ranked list of two."""
+    known = (getattr(pair, name, None) for name in ("reference_token_logps", "reference_logps"))
+    return replace(with_reference(pair, *known), ranks=(0, 1))
 
 
 _EXPECTED = {
@@ -126,9 +142,12 @@ def _suggest_weights(data: Any, args: DPOConfig, name: str) -> None:
         logger.warning("%s: all %d completions are %s; kto learns from both kinds", name, len(labels), only)
         return
     settings = args.entry.settings(args)
-    ratio = settings["desirable_weight"] * desirable / (settings["undesirable_weight"] * undesirable)
-    if not 1 <= ratio <= 4 / 3:
-        good, bad = suggested_weights(desirable, undesirable)
+    # A tree counts once, whatever the number of its completions.
+    good_share = sum(sum(tree.desirable) / len(tree.desirable) for tree in data)
+    bad_share = len(data) - good_share
+    ratio = settings["desirable_weight"] * good_share / (settings["undesirable_weight"] * bad_share)
+    if not 1 - 1e-3 <= ratio <= 4 / 3 + 1e-3:  # weights are printed with four digits
+        good, bad = suggested_weights(round(60 * good_share), round(60 * bad_share))
         logger.warning(
             "%s: %d desirable and %d undesirable completions: desirable_weight * n / (undesirable_weight * n) is %.2f, and 1 to "
             "1.33 is advised; desirable_weight: %.4g and undesirable_weight: %.4g would be",

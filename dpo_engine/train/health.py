@@ -36,6 +36,17 @@ class Health:
         self._train_accuracy: float | None = None
         self._first_held_out: dict[str, float] = {}
 
+    def state(self) -> dict[str, float]:
+        """What later numbers are compared with, for a checkpoint."""
+        first = {} if self._first_per_token is None else {"chosen_per_token": self._first_per_token}
+        return first | {f"held_out/{name}": accuracy for name, accuracy in self._first_held_out.items()}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on comparing with what a checkpoint kept."""
+        self._first_per_token = state.get("chosen_per_token")
+        kept = {name.removeprefix("held_out/"): value for name, value in state.items() if name.startswith("held_out/")}
+        self._first_held_out = dict(kept)
+
     def trained(self, means: dict[str, float]) -> None:
         """Look at the means of the steps since the last log."""
         self._train_accuracy = means.get("rewards/accuracies")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,25 +16,17 @@ from dpo_engine.train.metrics import MetricSums, Sums, stats_metrics
 from dpo_engine.train.mismatched import baseline_over_ranks
 from dpo_engine.train.ranks import joined_over_ranks
 from dpo_engine.train.scoring import Scorer
-from dpo_engine.train.statistics import joined, stacked, unstacked, weighted_sum
-from dpo_engine.train.whole_step import Judged, StepPart, generator_states, step_parts
-
-
-@dataclass
-class RunningMean:
-    """The mean of everything added since a run began; it stays on the device until it is read."""
-
-    count: int = 0
-    total: Tensor | float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """Count `values` (B,) in."""
-        self.total = self.total + values.detach().double().sum()
-        self.count += len(values)
-
-    def mean(self) -> Tensor | None:
-        """() float32; None before anything was added."""
-        return (torch.as_tensor(self.total) / self.count).float() if self.count else None
+from dpo_engine.train.state import RunningMean
+from dpo_engine.train.statistics import weighted_sum
+from dpo_engine.train.whole_step import (
+    Judged,
+    StepPart,
+    generator_states,
+    joined,
+    stacked,
+    step_parts,
+    unstacked,
+)
 
 
 class Judge:

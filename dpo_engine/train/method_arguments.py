@@ -137,7 +137,8 @@ class MethodArguments:
         is_of_trl = vars(self).get("_is_of_trl", False)
         for name, method in SWITCHES:
             given = getattr(self, name)
-            if self.method in ("dpo", "sigmoid") and given not in (None, False, "reverse_kl"):
+            says_nothing = given is None or given is False or given == "reverse_kl"
+            if self.method in ("dpo", "sigmoid") and not says_nothing:
                 say_once(f"{name}={given} with method 'dpo': the method is {method!r}")
                 self.method, is_of_trl = method, True
         entry = self.entry
@@ -164,9 +165,16 @@ class MethodArguments:
                 self._say_defaults(used)
         if not entry.parts and "beta" in uses and self.beta is None:
             self.beta = self._own_beta = entry.settings(self)["beta"]
-        if self.ranked_pairs not in RANKED_PAIRS:
+        divergence = entry.settings(self).get("f_divergence_type", "alpha_divergence")
+        if divergence != "alpha_divergence" and self.f_alpha_divergence_coef not in (None, 0.5):
             raise ConfigError(
-                f"ranked_pairs={self.ranked_pairs!r} is out of range; expected one of {', '.join(RANKED_PAIRS)}"
+                f"f_alpha_divergence_coef={self.f_alpha_divergence_coef!r} belongs to f_divergence_type: alpha_divergence, and "
+                f"that is {divergence}; leave it out"
+            )
+        expected = RANKED_PAIRS if entry.kind == "pairs" else RANKED_PAIRS[:1]  # others compare no pairs
+        if self.ranked_pairs not in expected:
+            raise ConfigError(
+                f"ranked_pairs={self.ranked_pairs!r} is out of range; expected {' or '.join(expected)} with method {self.method}"
             )
 
     def _say_defaults(self, method: Method) -> None:

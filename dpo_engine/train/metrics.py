@@ -27,11 +27,11 @@ def stats_metrics(
     """Every logged quantity of a batch, without gradient; the same names for every batch of a run.
 
     `rewards/chosen = beta * (logps - reference_logps)`; without a reference, `beta * logps`; means over tokens where the method
-    compares those. `rewards/accuracies` counts completions whose rewards are equal, to float32's rounding of the sums that they
-    are differences of, as half: before the first step every pair is such a tie, also where policy and reference were
-    computed in other batches. `logps/chosen_shift` is the chosen log-prob less the reference's. `kl` is KL(reference || policy) of
-    a completion, in nats: exact where the method has the whole distribution, else `sum_t expm1(d_t) - d_t` (k3) at the data's
-    tokens, of which that is the mean where they are the reference's own.
+    compares those (but `ipo`'s are of sums, as TRL's). `rewards/accuracies` counts completions whose rewards are equal, to
+    float32's rounding of the sums that they are differences of, as half: before the first step every pair is such a tie, also
+    where policy and reference were computed in other batches. `logps/chosen_shift` is the chosen log-prob less the
+    reference's. `kl` is KL(reference || policy) of a completion, in nats: exact where the method has the whole distribution,
+    else `sum_t expm1(d_t) - d_t` (k3) at the data's tokens, of which that is the mean where they are the reference's own.
 
     Args:
         by_part: of a mixture, each method's losses (B,).
@@ -92,7 +92,7 @@ def _pair_metrics(method: Method, stats: PairStats, losses: Tensor, beta: float)
         kl = stats.k3
         if stats.chosen_kl is not None and stats.rejected_kl is not None:
             kl = (stats.chosen_kl + stats.rejected_kl) / 2
-        metrics["kl"] = _none(losses) if kl is None else _mean(kl, shares)
+        metrics["kl"] = _none(losses) if kl is None else _mean(kl, shares, ~kl.isnan())
     return metrics
 
 
@@ -131,7 +131,8 @@ def _list_metrics(stats: ListStats, losses: Tensor, beta: float) -> Sums:
             f"rewards/{side}": _mean(rewards, None, where),
             f"lengths/{side}": _mean(stats.lengths, None, where),
         }
-    metrics["rewards/margins"] = _mean(rewards[is_first] - rewards[is_last])
+    ends = torch.where(is_first, rewards, 0.0) - torch.where(is_last, rewards, 0.0)
+    metrics["rewards/margins"] = _mean(torch.zeros_like(losses).index_add(0, ids, ends.to(losses)))
     better = (ids[:, None] == ids[None, :]) & (ranks[:, None] < ranks[None, :])
     won = torch.where(better, _won(rewards[:, None] - rewards[None, :], sizes[:, None] + sizes[None, :]), 0.0)
     pairs = torch.zeros_like(losses).index_add(0, ids, better.to(losses).sum(1))

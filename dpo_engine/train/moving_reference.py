@@ -22,7 +22,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.losses import Method
 from dpo_engine.model.adapters import is_peft_model
 from dpo_engine.model.existing_adapters import twin_parameters
-from dpo_engine.train.start import refuse_sharded
+from dpo_engine.train.refusals import refuse_sharded
 
 REFERENCE_FILE = "dpo_engine_reference.safetensors"
 """Beside a checkpoint's weights: what the reference was by then."""

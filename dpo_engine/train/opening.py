@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_engine.errors import ConfigError, ModelError
-from dpo_engine.losses import Method
 from dpo_engine.model.loading import DTYPES, check_model, load_tokenizer, resolve_model
 from dpo_engine.train.config import DPOConfig
 from dpo_engine.train.trl_names import trl_name
@@ -64,29 +63,6 @@ def checked_args(args: Any, model: Any) -> DPOConfig:
             "from dpo_engine import DPOConfig, DPOTrainer"
         )
     return args
-
-
-def refuse_reference(method: Method, ref_model: Any, reference_cache: Any, args: DPOConfig) -> None:
-    """Refuse what a method without a reference, or with one that cannot be known beforehand, would not use.
-
-    Raises:
-        ConfigError: a second model for a method that asks none, or a cache that would hold nothing.
-    """
-    if ref_model is not None and not method.needs_reference:
-        raise ConfigError(f"DPOTrainer: ref_model came to method {method.name}, which needs no reference; leave it out")
-    if method.known_beforehand or not method.needs_reference:
-        return
-    why = "moves with the policy" if method.moving_reference else "is asked for whole distributions"
-    asked = {
-        "reference_cache": reference_cache
-        or (args.reference_cache if args.reference_cache not in ("auto", "off") else None),
-        "precompute_ref_log_probs": args.precompute_ref_log_probs or None,
-    }
-    for name, given in asked.items():
-        if given is not None:
-            raise ConfigError(
-                f"{name}={given!r}, but the reference of method {method.name} {why}, so nothing of it can be kept; leave it out"
-            )
 
 
 def open_models(

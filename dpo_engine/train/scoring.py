@@ -175,7 +175,7 @@ def _completion_values(
     confidence = k3 = None
     with torch.no_grad():
         if squares is not None:
-            counts = torch.tensor(forest.lengths, dtype=torch.float32).to(policy.device)
+            counts = torch.tensor(forest.lengths, dtype=torch.float32).to(policy.device, non_blocking=True)
             confidence = sum_by_completion(policy - squares, forest.lengths) / counts
         if reference is not None:
             distance = policy.detach() - reference
@@ -189,7 +189,7 @@ def _completion_values(
         token_logps=token_logps,
         reference_token_logps=weighted,
         confidence=confidence,
-        kl=None if token_kl is None else sum_by_completion(token_kl, forest.lengths),
+        kl=None if token_kl is None else sum_by_completion(token_kl, forest.lengths, weights),
         k3=k3,
     )
 

@@ -1,4 +1,4 @@
-"""Can a run start, and does it start where it must? Where the policy is the reference still, all known of either must agree."""
+"""Does a run start where it must? Where the policy is the reference still, everything known of either must agree."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dpo_engine.batch import PreferenceForest
-from dpo_engine.errors import ConfigError, TrainingError
+from dpo_engine.errors import TrainingError
 from dpo_engine.losses import PairStats, UnpairedStats
-from dpo_engine.model.head import head_of
 from dpo_engine.reference.guard import unit_of
 from dpo_engine.train.scoring import Scorer
-from dpo_engine.train.statistics import joined
+from dpo_engine.train.whole_step import joined
 
 
 def check_start(scorer: Scorer, model: nn.Module, forests: Sequence[PreferenceForest], dtype: torch.dtype) -> None:
@@ -56,28 +52,6 @@ def check_start(scorer: Scorer, model: nn.Module, forests: Sequence[PreferenceFo
                 f"{expected[worst].item():.6f} (within {tolerance:g}), but it is {found[worst].item():.6f}: policy and reference "
                 "are not computed alike (weights changed in memory, or a layer that is random in eval mode?)"
             )
-
-
-def check_token_kl(model: PreTrainedModel, accelerator: Accelerator) -> None:
-    """Refuse a model whose head cannot be met with the reference's, before a method that needs that is trained.
-
-    Raises:
-        ConfigError: the head has an adapter, or weights are sharded over ranks.
-    """
-    if head_of(model).branches:
-        raise ConfigError(
-            "method tdpo compares whole distributions, and cannot follow an adapter on the LM head; set lora_head: false, or leave "
-            "the head out of lora_target_modules"
-        )
-    refuse_sharded(accelerator, "method tdpo, which meets the heads of policy and reference in one operator call")
-
-
-def refuse_sharded(accelerator: Accelerator, what: str) -> None:
-    """Raise a `ConfigError` where ranks hold parts of the weights."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ConfigError(
-            f"weights are sharded ({accelerator.distributed_type.value}); expected one process or DDP with {what}"
-        )
 
 
 def in_agreement(stats: Any) -> Any:

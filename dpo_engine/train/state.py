@@ -6,6 +6,7 @@
     operator                the version of the operator's arithmetic
     max_tokens_per_forest   the packing decides the order in which gradients are added up
     baseline                count and sum of what a method's running mean is over
+    health                  the first log-probs and accuracies, which later ones are compared with
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.ops import BACKENDS
 from dpo_engine.ops.backends import OPERATOR_VERSION
 
 STATE_FILE = "dpo_engine_state.json"
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,26 @@ class RunState:
     baseline_count: int = 0
     """Pairs that the running mean is over."""
     baseline_sum: float = 0.0
+    health: dict[str, float] = field(default_factory=dict)
+    """What warnings compare with (`Health.state`)."""
     operator: int = OPERATOR_VERSION
+
+
+@dataclass
+class RunningMean:
+    """The mean of everything added since a run began; it stays on the device until it is read."""
+
+    count: int = 0
+    total: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Count `values` (B,) in."""
+        self.total = self.total + values.detach().double().sum()
+        self.count += len(values)
+
+    def mean(self) -> Tensor | None:
+        """() float32; None before anything was added."""
+        return (torch.as_tensor(self.total) / self.count).float() if self.count else None
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -85,4 +108,6 @@ def _fits(found: Any) -> bool:
         and found["max_tokens_per_forest"] > 0
         and isinstance(total, float)
         and math.isfinite(total)
+        and isinstance(found["health"], dict)
+        and all(isinstance(value, int | float) for value in found["health"].values())
     )

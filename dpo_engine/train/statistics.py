@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -91,10 +91,16 @@ def pair_places(
 
 
 def _pairs(method: Method, values: CompletionValues, forest: PreferenceForest, ranked_pairs: str) -> PairStats:
+    """The fields that are there depend on the method alone, not on the forest: ranks put them together side by side."""
     sizes = forest.sizes[: forest.trees]  # none of an idle forest
     places, shares = pair_places(sizes, forest.ranks, ranked_pairs)
     is_plain = forest.ranks is None
-    lengths = torch.tensor(forest.lengths, dtype=torch.float32).to(values.logps.device, non_blocking=True)
+    device = values.logps.device
+
+    def there(numbers: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+    index = [there([pair[side] for pair in places], torch.int64) for side in (0, 1)]
 
     def both(of_completions: Tensor | None) -> Any:
         """(P,) of chosen and of rejected completions."""
@@ -102,7 +108,9 @@ def _pairs(method: Method, values: CompletionValues, forest: PreferenceForest, r
             return None, None
         if is_plain:
             return of_completions.view(-1, 2)[: forest.trees].unbind(-1)
-        each = of_completions.unbind()  # not index_select, whose gradient is not summed in order on CUDA
+        if not of_completions.requires_grad:
+            return tuple(of_completions.index_select(0, of_side) for of_side in index)
+        each = of_completions.unbind()  # the gradient of index_select is not summed in order on CUDA
         empty = of_completions[:0]
         return tuple(torch.stack([each[pair[side]] for pair in places]) if places else empty for side in (0, 1))
 
@@ -115,14 +123,13 @@ def _pairs(method: Method, values: CompletionValues, forest: PreferenceForest, r
         if values.reference_token_logps is not None:
             found = _public(values.reference_token_logps, forest, places, chosen)
             public |= zip((f"reference_{name}" for name in names), found, strict=True)
-    weights = torch.stack(both(_completion_weights(forest, values.logps))).mean(0)
-    share = None
-    if not is_plain:
-        share = torch.tensor(shares, dtype=torch.float32).to(chosen.device, non_blocking=True)
-        weights = weights * share
-    chosen_lengths, rejected_lengths = both(lengths)
+    share = there(shares)
+    chosen_lengths, rejected_lengths = both(there(forest.lengths))
     chosen_kl, rejected_kl = both(values.kl)
     chosen_confidence, rejected_confidence = both(values.confidence)
+    k3 = None
+    if method.needs_reference:
+        k3 = torch.full_like(share, torch.nan) if values.k3 is None else torch.stack(both(values.k3)).mean(0)
     return PairStats(
         chosen_logps=chosen,
         rejected_logps=rejected,
@@ -134,9 +141,9 @@ def _pairs(method: Method, values: CompletionValues, forest: PreferenceForest, r
         rejected_confidence=rejected_confidence,
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
-        weights=weights,
+        weights=share * torch.stack(both(_completion_weights(forest, values.logps))).mean(0),
         shares=share,
-        k3=None if values.k3 is None else torch.stack(both(values.k3)).mean(0),
+        k3=k3,
         **public,
     )
 
@@ -145,15 +152,27 @@ def _public(
     token_logps: Tensor, forest: PreferenceForest, places: Sequence[tuple[int, int]], like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(P,) each: sums over the first tokens of each pair's completions, as many as the shorter has."""
-    starts = list(accumulate(forest.lengths, initial=0))
-    sums: tuple[list[Tensor], list[Tensor]] = [], []
-    for pair in places:
-        shared = min(forest.lengths[place] for place in pair)
-        for side, place in enumerate(pair):
-            sums[side].append(token_logps[starts[place] : starts[place] + shared].sum())
     if not places:
         return like[:0], like[:0]
-    return torch.stack(sums[0]), torch.stack(sums[1])
+    shared = [min(forest.lengths[place] for place in pair) for pair in places]
+    if forest.ranks is None:  # each completion is in one pair: its first tokens and its rest, one after the other
+        cuts = [
+            (count, forest.lengths[place] - count) for pair, count in zip(places, shared, strict=True) for place in pair
+        ]
+        firsts = token_logps.split([length for cut in cuts for length in cut])[::2]
+        sums = torch.stack([part.sum() for part in firsts]).view(-1, 2)
+        return sums[:, 0], sums[:, 1]
+    starts = list(accumulate(forest.lengths, initial=0))
+    chosen, rejected = (
+        torch.stack(
+            [
+                token_logps[starts[pair[side]] : starts[pair[side]] + count].sum()
+                for pair, count in zip(places, shared, strict=True)
+            ]
+        )
+        for side in (0, 1)
+    )
+    return chosen, rejected
 
 
 def _unpaired(values: CompletionValues, forest: PreferenceForest) -> UnpairedStats:
@@ -163,7 +182,9 @@ def _unpaired(values: CompletionValues, forest: PreferenceForest) -> UnpairedSta
         )
     count = sum(forest.sizes[: forest.trees])
     device = values.logps.device
-    share = torch.tensor([1 / size for size in forest.sizes[: forest.trees] for _ in range(size)]).to(device)
+    share = torch.tensor([1 / size for size in forest.sizes[: forest.trees] for _ in range(size)]).to(
+        device, non_blocking=True
+    )
     return UnpairedStats(
         logps=values.logps[:count],
         reference_logps=_first(values.reference_logps, count),
@@ -183,7 +204,9 @@ def _lists(values: CompletionValues, forest: PreferenceForest) -> ListStats:
             raise DataError("trees came without ranks to a method of ranked lists; expected `ranks`, one a completion")
         ranks = (0, 1) * len(sizes)
     count, device = sum(sizes), values.logps.device
-    list_ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)).to(device)
+    list_ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)).to(
+        device, non_blocking=True
+    )
     weights = _completion_weights(forest, values.logps)[:count]
     sums = weights.new_zeros(len(sizes)).index_add(0, list_ids, weights)
     return ListStats(
@@ -194,7 +217,7 @@ def _lists(values: CompletionValues, forest: PreferenceForest) -> ListStats:
         list_ids=list_ids,
         ranks=torch.tensor(ranks[:count], dtype=torch.int64).to(device, non_blocking=True),
         lists=len(sizes),
-        weights=sums / torch.tensor(sizes, dtype=torch.float32).to(device),
+        weights=sums / torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True),
     )
 
 
@@ -205,28 +228,6 @@ def _first(values: Tensor | None, count: int) -> Tensor | None:
 def _completion_weights(forest: PreferenceForest, like: Tensor) -> Tensor:
     """(C,) what the data says that each completion counts."""
     return torch.ones_like(like).detach() if forest.completion_weights is None else forest.completion_weights
-
-
-# ---- several forests as one ----
-
-_PER_PAIR = tuple(field.name for field in fields(PairStats) if field.name != "baseline")
-
-
-def joined(parts: Sequence[PairStats]) -> PairStats:
-    """The pairs of several forests as one."""
-    return unstacked(torch.cat([stacked(part) for part in parts], 1), parts[0])
-
-
-def stacked(stats: PairStats) -> Tensor:
-    """(F, B), without the fields that are None."""
-    values = [getattr(stats, name) for name in _PER_PAIR]
-    return torch.stack([value.detach().float() for value in values if value is not None])
-
-
-def unstacked(values: Tensor, like: PairStats) -> PairStats:
-    """What was stacked, of fields that `like` has."""
-    names = [name for name in _PER_PAIR if getattr(like, name) is not None]
-    return replace(like, **dict(zip(names, values, strict=True)))
 
 
 def weighted_sum(losses: Tensor, stats: Stats) -> Tensor:

@@ -55,7 +55,7 @@ from dpo_engine.train.datasets import (
 )
 from dpo_engine.train.gradients import check_gradients, check_graph
 from dpo_engine.train.health import Health
-from dpo_engine.train.judge import Judge, RunningMean
+from dpo_engine.train.judge import Judge
 from dpo_engine.train.layouts import run_layout, run_liger
 from dpo_engine.train.metrics import MetricSums, stats_metrics
 from dpo_engine.train.mismatched import baseline_over_ranks, split_mismatched
@@ -67,7 +67,6 @@ from dpo_engine.train.opening import (
     open_models,
     open_tokenizer,
     refuse_arguments,
-    refuse_reference,
     say_of_routers,
     set_pad_token,
     without_dropout,
@@ -80,10 +79,11 @@ from dpo_engine.train.ranks import (
     sum_and_most,
 )
 from dpo_engine.train.reference import RunReference, cache_for, made_by
+from dpo_engine.train.refusals import check_token_kl, refuse_reference
 from dpo_engine.train.scoring import Scorer, causal_model, make_reference
 from dpo_engine.train.second_model import check_token_ids, check_vocabularies
-from dpo_engine.train.start import check_start, check_token_kl
-from dpo_engine.train.state import RunState, read_state, write_state
+from dpo_engine.train.start import check_start
+from dpo_engine.train.state import RunningMean, RunState, read_state, write_state
 from dpo_engine.train.statistics import weighted_sum
 from dpo_engine.train.trl_settle import say_once
 from dpo_engine.train.whole_step import StepPart, generators_at
@@ -214,11 +214,11 @@ class DPOTrainer(Trainer):
         logger.info(self.layout.line)
         self._use_backend(run_backend(args.backend, causal, args.device, self._head_dtype()))
         probe_head(causal)
-        if self.method.token_kl:
-            check_token_kl(causal, self.accelerator)
-        if self.reference is not None and given_reference is not None:
-            probe_head(causal_model(self.reference))
         second = None if self.reference is None or given_reference is None else causal_model(self.reference)
+        if second is not None:
+            probe_head(second)
+        if self.method.token_kl:
+            check_token_kl(causal, second, self.accelerator)
         check_vocabularies(causal, second)
         self._known_words = {"the model": causal} | ({} if second is None else {"ref_model": second})
         in_memory = [None if isinstance(data, PairStream) else data for data in (train_data, *all_parts(eval_data))]
@@ -261,7 +261,13 @@ class DPOTrainer(Trainer):
         )
         state = read_state(Path(found)) if found else None
         if state is None:
+            if found and (self.moving_reference is not None or self.method.baseline is not None):
+                raise ConfigError(
+                    f"{found} has no dpo_engine_state.json, and the method {self.method.name} cannot be gone on from without; "
+                    "take a checkpoint of this engine"
+                )
             return
+        self.health.restore(state.health)
         name = Path(str(found))
         self._use_backend(resumed_backend(self.config.backend, state, name, self.args.device, self._head_dtype()))
         self.judge.running = RunningMean(state.baseline_count, state.baseline_sum)
@@ -313,6 +319,7 @@ class DPOTrainer(Trainer):
                 max_tokens_per_forest=self.budget.tokens,
                 baseline_count=self.judge.running.count,
                 baseline_sum=float(self.judge.running.total),
+                health=self.health.state(),
             )
             write_state(Path(output_dir or str(self.args.output_dir)), state)
             if self.moving_reference is not None and _internal_call:  # of a checkpoint
@@ -565,7 +572,7 @@ class DPOTrainer(Trainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
     ) -> None:
         """transformers' card, `README.md` in the output folder, by the arguments that TRL's trainer takes."""
-        own = {"dpo-engine", "dpo", self.config.method, *([tags] if isinstance(tags, str) else tags or [])}
+        own = {"dpo-engine", *self.config.method.split("+"), *([tags] if isinstance(tags, str) else tags or [])}
         dataset = {"dataset": dataset_name, "dataset_tags": dataset_name} if dataset_name else {}
         super().create_model_card(model_name=model_name, tags=sorted(own), **(dataset | kwargs))
 

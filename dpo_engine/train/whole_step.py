@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,6 @@ from torch import Tensor
 from dpo_engine.batch import PreferenceForest
 from dpo_engine.losses import PairStats
 from dpo_engine.train.ranks import joined_over_ranks
-from dpo_engine.train.statistics import joined, stacked, unstacked
 
 
 class Judged(NamedTuple):
@@ -94,6 +93,26 @@ def step_parts(
     losses = judged.losses.detach()[mine].split(sizes)
     with_baseline = [replace(stats, baseline=judged.stats.baseline) for stats in scored]
     return [StepPart(*part) for part in zip(forests, with_baseline, losses, by_part, by_field, generators, strict=True)]
+
+
+_PER_PAIR = tuple(field.name for field in fields(PairStats) if field.name != "baseline")
+
+
+def joined(parts: Sequence[PairStats]) -> PairStats:
+    """The pairs of several forests as one."""
+    return unstacked(torch.cat([stacked(part) for part in parts], 1), parts[0])
+
+
+def stacked(stats: PairStats) -> Tensor:
+    """(F, B), without the fields that are None."""
+    values = [getattr(stats, name) for name in _PER_PAIR]
+    return torch.stack([value.detach().float() for value in values if value is not None])
+
+
+def unstacked(values: Tensor, like: PairStats) -> PairStats:
+    """What was stacked, of fields that `like` has."""
+    names = [name for name in _PER_PAIR if getattr(like, name) is not None]
+    return replace(like, **dict(zip(names, values, strict=True)))
 
 
 def generator_states(device: torch.device) -> tuple[Tensor, ...]:

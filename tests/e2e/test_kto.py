@@ -83,7 +83,8 @@ def test_unbalanced_classes_are_said_with_the_weights_that_balance_them(
     [line] = [record.getMessage() for record in caplog.records if "is advised" in record.getMessage()]
     assert f"{good} desirable and {bad} undesirable" in line
     weight = float(line.split("desirable_weight: ")[1].split(" ")[0])
-    assert 1 <= weight * good / bad <= 4 / 3
+    shares = [sum(tree.desirable) / len(tree.desirable) for tree in data]  # a tree counts once
+    assert 0.999 <= weight * sum(shares) / (len(data) - sum(shares)) <= 1.334
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, data, desirable_weight=weight)
@@ -123,3 +124,35 @@ def test_a_stream_is_refused_where_rows_lend_each_other_completions(tmp_path: Pa
         ConfigError, match="is a stream, and the method kto puts completions behind prompts of other rows"
     ):
         trainer(tmp_path, rows, tokenizer=small_tokenizer())
+
+
+def test_trees_with_masks_weights_and_log_probs_get_a_mismatched_completion_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What belongs to a tree's own completions stays with them; log-probs that lack the new one's are dropped, and said."""
+    plain = trees_for("kto", 8)
+    rich = [
+        Tree(
+            prompt_ids=tree.prompt_ids,
+            completions=tree.completions,
+            desirable=tree.desirable,
+            scored=[[True] * len(ids) for ids in tree.completions],
+            token_weights=[[1.0] * len(ids) for ids in tree.completions],
+            completion_weights=[1.0] * len(tree.completions),
+            reference_token_logps=[torch.full((len(ids),), -9.0) for ids in tree.completions],
+        )
+        for tree in plain
+    ]
+    runs = [trainer(tmp_path / str(index), data) for index, data in enumerate((plain, rich))]
+    assert "8 rows bring log-probs of the reference" in caplog.text
+    for run in runs:
+        run.train()
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-6)
+
+
+def test_a_pair_among_ranked_lists_is_a_list_of_two(tmp_path: Path) -> None:
+    for method in ("plackett_luce", "dpo"):
+        mixed = [*trees_for("plackett_luce", 4), *random_pairs(4, seed=3).trees]
+        run = trainer(tmp_path, mixed, method=method)
+        run.train()
+        assert losses(run)[-1] > 0

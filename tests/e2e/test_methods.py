@@ -22,7 +22,9 @@ from support.tiny_pairs import tiny_llama
 
 CASES: dict[str, dict[str, Any]] = {name: {"method": name} for name in LOSSES} | {
     "tr_dpo": {"method": "tr_dpo", "ref_model_sync_steps": 2},
+    "f_dpo, js": {"method": "f_dpo", "f_divergence_type": "js_divergence"},
     "dpo of ranked lists": {"method": "dpo"},
+    "wpo of ranked lists": {"method": "wpo"},
     "ld_dpo of ranked lists, adjacent": {"method": "ld_dpo", "ranked_pairs": "adjacent"},
     "bco of ranked lists, best and worst": {"method": "bco", "ranked_pairs": "best_worst"},
     "a mixture": {"method": "dpo+bco+sft", "loss_weights": [0.8, 0.2, 1.0]},

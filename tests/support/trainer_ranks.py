@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "aot": {"lora": True, "method": "aot", "beta": 0.5},
     "mixture": {"lora": True, "method": "dpo+bco+sft", "loss_weights": [0.8, 0.2, 1.0], "beta": 0.5},
     "plackett_luce": {"lora": True, "method": "plackett_luce"},
+    "bco of ranked lists": {"lora": True, "method": "bco", "beta": 0.5},
     "tdpo": {"lora": True, "method": "tdpo", "reference_cache": "off"},
     "tr_dpo": {"lora": True, "method": "tr_dpo", "ref_model_sync_steps": 2, "reference_cache": "off"},
     "known reference": {"lora": True, "precompute_ref_log_probs": True, "reference_cache": "off"},
@@ -99,8 +100,8 @@ def train(folder: Path, case: str, ranks: int) -> Run:
     trainer = DPOTrainer(
         model=model,
         args=args,
-        train_dataset=trees_for(args.method, PAIRS, seed=0),
-        eval_dataset=trees_for(args.method, HELD_OUT, seed=5),
+        train_dataset=trees_for(args.method, PAIRS, seed=0, ranked="lists" in case),
+        eval_dataset=trees_for(args.method, HELD_OUT, seed=5, ranked="lists" in case),
         peft_config=(HEAD_LORA if "on the head" in case else LORA) if lora else None,
         callbacks=[seen],
     )

@@ -16,8 +16,9 @@ pytest.importorskip("transformers")
 
 from dpo_engine.batch import Tree, build_forest
 from dpo_engine.losses import LOSSES, ListStats, PairStats, UnpairedStats, get_method
-from dpo_engine.train.metrics import MetricSums, RunningMean, stats_metrics
+from dpo_engine.train.metrics import MetricSums, stats_metrics
 from dpo_engine.train.scoring import _completion_values
+from dpo_engine.train.state import RunningMean
 from support.loss_formulas import stats_of
 
 PAIR_NAMES = {
