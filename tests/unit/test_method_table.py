@@ -277,7 +277,12 @@ def test_a_configuration_takes_a_methods_parameters_and_refuses_the_others(name:
     assert set(SAMPLES) == parameter_names()
     switches = {"rpo_alpha": "dpo_nll", "ld_alpha": "ld_dpo", "f_divergence_type": "f_dpo"}
     for parameter, value in SAMPLES.items():
-        config = MethodArguments(method=name, **{parameter: value})
+        beside = (
+            {"f_divergence_type": "alpha_divergence"}
+            if (name, parameter) == ("f_dpo", "f_alpha_divergence_coef")
+            else {}
+        )
+        config = MethodArguments(method=name, **beside, **{parameter: value})
         if parameter in LOSSES[name].uses:
             config.settle_method()
             assert config.method == name and config.entry.settings(config)[parameter] == value
@@ -465,3 +470,18 @@ def test_public_losses_are_those_of_the_package() -> None:
     ours = {name for name in losses.__all__ if name.endswith("_loss")}
     assert ours == {name for name in documented() if not name.startswith("_")}
     assert all(isinstance(method, Method) for method in LOSSES.values())
+
+
+def test_settings_that_another_setting_switches_off_are_refused(made: Any) -> None:
+    with pytest.raises(ConfigError, match="f_alpha_divergence_coef=0.3 belongs to f_divergence_type: alpha_divergence"):
+        made(method="f_dpo", f_alpha_divergence_coef=0.3)
+    for method in ("kto", "plackett_luce"):
+        with pytest.raises(ConfigError, match=f"ranked_pairs='adjacent' .*expected all with method {method}"):
+            made(method=method, ranked_pairs="adjacent")
+    for method in ("bco", "tr_dpo"):
+        with pytest.raises(ConfigError, match="load_best_model_at_end=True"):
+            made(method=method, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+
+
+def test_nought_is_a_value_that_makes_dpo_another_method(made: Any) -> None:
+    assert made(ld_alpha=0.0).method == "ld_dpo" and made(rpo_alpha=0.0).method == "dpo_nll"
