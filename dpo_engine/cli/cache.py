@@ -175,8 +175,10 @@ def _prepared(config: CacheConfig, say: Say, verb: str) -> PreparedRun:
 
 
 def _data_sets(prepared: PreparedRun) -> list[tuple[Any, str]]:
-    both = [(prepared.data, "train_dataset"), (prepared.held_out, "eval_dataset")]
-    return [(data, name) for data, name in both if data is not None]
+    """As the method needs them: with the completions that it puts behind prompts of other rows."""
+    trainer = prepared.trainer
+    both = [(trainer.train_dataset, "train_dataset"), (trainer.eval_dataset, "eval_dataset")]
+    return [(trainer.references.as_it_came(data), name) for data, name in both if data is not None]
 
 
 def _looked_up(references: RunReference, data: Any) -> tuple[ReferenceValues, Filled]:

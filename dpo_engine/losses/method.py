@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class Method:
 
         Args:
             stats: a `needs`.
-            config: anything that has the parameters as attributes; one that is missing or None takes the method's default.
+            config: anything that has the parameters as attributes, or a dict; what is missing or None takes the method's
+                default.
 
         Raises:
             ValueError: `stats` lacks what the method needs.
@@ -70,7 +72,8 @@ class Method:
 
     def settings(self, config: Any) -> dict[str, Any]:
         """The values of its parameters: those of `config` where it has them, else its own defaults."""
-        given = {parameter.name: getattr(config, parameter.name, None) for parameter in self.parameters}
+        read = config.get if isinstance(config, Mapping) else partial(getattr, config)
+        given = {parameter.name: read(parameter.name, None) for parameter in self.parameters}
         return {p.name: p.default if given[p.name] is None else given[p.name] for p in self.parameters}
 
     @property
@@ -100,7 +103,7 @@ def needed(stats: Any, *names: str) -> tuple[Tensor, ...]:
     Raises:
         ValueError: one is None.
     """
-    values = tuple(getattr(stats, name) for name in names)
+    values: tuple[Any, ...] = tuple(getattr(stats, name, None) for name in names)
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if missing:
         raise ValueError(

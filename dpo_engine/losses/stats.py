@@ -31,8 +31,7 @@ class PairStats:
     """Scored tokens of the chosen completion, its end-of-sequence token included."""
     rejected_lengths: Tensor
     chosen_public_logps: Tensor | None = None
-    """`chosen_logps` over the first `min(chosen_lengths, rejected_lengths)` tokens only, for a `public_part`.
-    None: whoever gives the sums has weighted them already."""
+    """`chosen_logps` over the first `min(chosen_lengths, rejected_lengths)` tokens only, for a `public_part`."""
     rejected_public_logps: Tensor | None = None
     reference_chosen_public_logps: Tensor | None = None
     reference_rejected_public_logps: Tensor | None = None

@@ -6,7 +6,9 @@ import difflib
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_engine.errors import ConfigError
@@ -86,9 +88,13 @@ def _bco_rewards(stats: PairStats, settings: Settings) -> Tensor:
 
 
 def _ld_dpo(stats: PairStats, settings: Settings) -> Tensor:
-    """Without public parts, sums are taken to be weighted already."""
+    """Without public parts, only where they cannot matter: lengths are equal, or policy and reference are."""
     sums = four_sums(stats)
-    if stats.chosen_public_logps is not None:
+    alike = stats.chosen_public_logps is None and (
+        torch.equal(stats.chosen_lengths, stats.rejected_lengths)
+        or (torch.equal(sums[0], sums[2]) and torch.equal(sums[1], sums[3]))
+    )
+    if not alike:
         public = needed(
             stats,
             "chosen_public_logps",
@@ -224,7 +230,7 @@ def get_method(name: str, weights: Sequence[float] | None = None) -> Method:
     """
     names = [part.strip() for part in str(name).split("+")]
     if len(names) == 1:
-        if weights is not None and [float(weight) for weight in weights] != [1.0]:
+        if weights is not None and list(weights) != [1.0]:
             raise ConfigError(
                 f"loss_weights={list(weights)} with the one method {name!r}; expected none: it is no mixture"
             )
@@ -232,8 +238,9 @@ def get_method(name: str, weights: Sequence[float] | None = None) -> Method:
     methods = tuple(_entry(part) for part in names)
     if len({method.name for method in methods}) < len(methods):
         raise ConfigError(f"method={name!r} has a method twice; expected each once, with its weight in loss_weights")
-    given = [1.0] * len(names) if weights is None else list(weights)
-    if len(given) != len(names) or not all(math.isfinite(weight) and weight > 0 for weight in given):
+    given: list[Any] = [1.0] * len(names) if weights is None else list(weights)
+    are_numbers = all(isinstance(weight, int | float) for weight in given)
+    if not are_numbers or len(given) != len(names) or not all(math.isfinite(weight) and weight > 0 for weight in given):
         raise ConfigError(
             f"loss_weights={given} for method={name!r}; expected {len(names)} finite numbers above 0, one a method"
         )
@@ -246,7 +253,7 @@ def _entry(name: str) -> Method:
         if ours != name:
             logger.warning("%r is TRL's name; here the method is %r", name, ours)
         return LOSSES[ours]
-    near = difflib.get_close_matches(name, [*LOSSES, *ALIASES], n=1)
+    near = difflib.get_close_matches(name.lower(), LOSSES, n=1) or difflib.get_close_matches(name.lower(), ALIASES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
         f"method={name!r} is not known; {hint}expected one of {', '.join(sorted(LOSSES))}, or several joined by '+'"

@@ -44,7 +44,6 @@ def recipe(
         _line("output_dir", output_dir or f"runs/{name}"),
         "",
         f"method: {method}",
-        *(["beta: 0.1"] if method == "dpo" else []),
     ]
     if in_4bit:
         lines.append("load_in_4bit: true                # frozen weights in NF4, double quantisation")

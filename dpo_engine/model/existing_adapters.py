@@ -191,11 +191,14 @@ def without_reference_adapter(model: nn.Module | None) -> Iterator[None]:
         del policy.save_pretrained
 
 
+_OF_ADAPTERS = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
+
+
 def _is_of(name: str, adapter: str) -> bool:
     """Whether a parameter is one of an adapter's."""
     parts = name.split(".")
     return any(
-        parts[at + 1] == adapter and (parts[at].startswith("lora_") or parts[at] == "modules_to_save")
+        parts[at + 1] == adapter and (parts[at].startswith("lora_") or parts[at] in _OF_ADAPTERS)
         for at in range(len(parts) - 1)
     )
 

@@ -149,9 +149,9 @@ def _suggest_weights(data: Any, args: DPOConfig, name: str) -> None:
     if not 1 - 1e-3 <= ratio <= 4 / 3 + 1e-3:  # weights are printed with four digits
         good, bad = suggested_weights(round(60 * good_share), round(60 * bad_share))
         logger.warning(
-            "%s: %d desirable and %d undesirable completions: desirable_weight * n / (undesirable_weight * n) is %.2f, and 1 to "
-            "1.33 is advised; desirable_weight: %.4g and undesirable_weight: %.4g would be",
-            name, desirable, undesirable, ratio, good, bad,
+            "%s: %d desirable and %d undesirable completions: with desirable_weight %.4g and undesirable_weight %.4g the "
+            "classes count %.2f to 1, and 1 to 1.33 is advised; desirable_weight: %.4g and undesirable_weight: %.4g would be",
+            name, desirable, undesirable, settings["desirable_weight"], settings["undesirable_weight"], ratio, good, bad,
         )  # fmt: skip
 
 

@@ -21,6 +21,10 @@ SWITCHES = (
 """What makes `dpo` another method, as in TRL."""
 
 
+class OwnDefault(float):
+    """A method's own default, which nobody gave: another method does not take it over."""
+
+
 @dataclass
 class MethodArguments:
     """The method, and what methods can be told. None is the method's own default; what a method does not use is refused."""
@@ -132,7 +136,7 @@ class MethodArguments:
         Raises:
             ConfigError: an unknown method, a parameter out of range, or one that the method does not use.
         """
-        if self.beta == vars(self).get("_own_beta", ...):  # of the method that was set before
+        if isinstance(self.beta, OwnDefault):  # of the method that was set before
             self.beta = None
         is_of_trl = vars(self).get("_is_of_trl", False)
         for name, method in SWITCHES:
@@ -156,15 +160,20 @@ class MethodArguments:
             if given is not None and name not in uses and not _says_nothing(name, given):
                 uses_shown = ", ".join(sorted(uses)) or "none"
                 raise ConfigError(
-                    f"{name}={given!r} is out of range; expected none: the method {self.method} does not use it (its own: "
-                    f"{uses_shown})"
+                    f"{name}={given!r} is given, but the method {self.method} does not use it; leave it out (its own: {uses_shown})"
                 )
         entry.check(self)
         if is_of_trl:
             for used in methods:
                 self._say_defaults(used)
         if not entry.parts and "beta" in uses and self.beta is None:
-            self.beta = self._own_beta = entry.settings(self)["beta"]
+            self.beta = OwnDefault(entry.settings(self)["beta"])
+        for used in methods:
+            own = {parameter.name: parameter.default for parameter in used.parameters}.get("beta")
+            if own and self.beta and not 0.1 <= self.beta / own / 1.0000001 <= 10:
+                say_once(
+                    f"beta={self.beta:g} with method {used.name!r}, whose own is {own:g}: each method has a scale of its own"
+                )
         divergence = entry.settings(self).get("f_divergence_type", "alpha_divergence")
         if divergence != "alpha_divergence" and self.f_alpha_divergence_coef not in (None, 0.5):
             raise ConfigError(

@@ -43,7 +43,7 @@ def check_token_kl(model: PreTrainedModel, reference: PreTrainedModel | None, ac
     Raises:
         ConfigError: the head has an adapter, the reference's is of another size or makes other logits, or weights are sharded.
     """
-    if head_of(model).branches:
+    if head_of(model).branches or (reference is not None and head_of(reference).branches):
         raise ConfigError(
             "method tdpo compares whole distributions, and cannot follow an adapter on the LM head; set lora_head: false, or "
             "leave the head out of lora_target_modules"

@@ -353,7 +353,7 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     if not config.disable_tqdm:
         trainer.add_callback(_Progress(say))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters with {config.method}")
+    say(f"training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters with {described(config)}")
     trainer.restore_run(config.resume)  # before anything is scored
     for line in trainer.lines():
         say(line)
@@ -410,6 +410,16 @@ def run_training(config: TrainConfig, say: Say) -> dict[str, Any]:
     write_run_card(output, config, prepared, result)
     say(summary_text(result, answers, picture))
     return result
+
+
+def described(config: TrainConfig) -> str:
+    """The method and what it is told, for people."""
+    parts = config.entry.parts or ((1.0, config.entry),)
+    said = []
+    for weight, method in parts:
+        told = ", ".join(f"{name} {value}" for name, value in method.settings(config).items())
+        said.append((f"{weight:g} " if len(parts) > 1 else "") + method.name + (f" ({told})" if told else ""))
+    return " + ".join(said)
 
 
 def _continued(name: str, has: Any, folder: str) -> str:

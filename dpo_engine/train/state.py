@@ -6,6 +6,7 @@
     operator                the version of the operator's arithmetic
     max_tokens_per_forest   the packing decides the order in which gradients are added up
     baseline                count and sum of what a method's running mean is over
+    method                  of which the run is
     health                  the first log-probs and accuracies, which later ones are compared with
 """
 
@@ -41,6 +42,7 @@ class RunState:
     baseline_sum: float = 0.0
     health: dict[str, float] = field(default_factory=dict)
     """What warnings compare with (`Health.state`)."""
+    method: str = ""
     operator: int = OPERATOR_VERSION
 
 
@@ -108,6 +110,7 @@ def _fits(found: Any) -> bool:
         and found["max_tokens_per_forest"] > 0
         and isinstance(total, float)
         and math.isfinite(total)
+        and isinstance(found["method"], str)
         and isinstance(found["health"], dict)
         and all(isinstance(value, int | float) for value in found["health"].values())
     )

@@ -267,6 +267,11 @@ class DPOTrainer(Trainer):
                     "take a checkpoint of this engine"
                 )
             return
+        if state.method and state.method != self.method.name:
+            raise ConfigError(
+                f"{found} is of a run with method {state.method}, and this one has {self.method.name}; go on with the same, or "
+                "give the checkpoint's weights as the model of a new run"
+            )
         self.health.restore(state.health)
         name = Path(str(found))
         self._use_backend(resumed_backend(self.config.backend, state, name, self.args.device, self._head_dtype()))
@@ -320,6 +325,7 @@ class DPOTrainer(Trainer):
                 baseline_count=self.judge.running.count,
                 baseline_sum=float(self.judge.running.total),
                 health=self.health.state(),
+                method=self.method.name,
             )
             write_state(Path(output_dir or str(self.args.output_dir)), state)
             if self.moving_reference is not None and _internal_call:  # of a checkpoint

@@ -107,7 +107,11 @@ def _method(loss_type: Any) -> str:
 def _method_of(name: str) -> str:
     """The method of one of TRL's losses."""
     if name not in LOSS_TYPES:
-        raise ConfigError(f"loss_type={name!r} is not one of TRL's; expected one of {', '.join(LOSS_TYPES)}, or method")
+        known = [key for key, entry in LOSS_TYPES.items() if entry.method]
+        hint = f"method: {name} is one here; " if name in LOSSES else ""
+        raise ConfigError(
+            f"loss_type={name!r} is not one of TRL's for pairs; {hint}expected one of {', '.join(known)}, or method"
+        )
     found = LOSS_TYPES[name]
     if found.method:
         return found.method
@@ -122,7 +126,8 @@ def _alias_line(row: TrlName, given: Any, ours: Any, *, with_note: bool) -> str:
     note = row.note
     if row.name == "loss_type":
         names = [given] if isinstance(given, str) else given
-        note = " ".join(LOSS_TYPES[str(name)].note for name in names if str(name) in LOSS_TYPES).strip()
+        said = [str(name) for name in names if name != "sigmoid" or len(names) == 1]
+        note = " ".join(LOSS_TYPES[name].note for name in said if name in LOSS_TYPES).strip()
     return f"{row.name}={given!r} is TRL's name for {row.to}={ours!r}" + (f". {note}" if note and with_note else "")
 
 

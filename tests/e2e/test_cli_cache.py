@@ -110,6 +110,17 @@ def test_build_of_any_training_options_serves_any_other(cli: Cli) -> None:
     assert cli.json("info", "--method", "ld_dpo")["reused"] == 12
 
 
+def test_build_for_kto_computes_the_completions_that_other_rows_lend(cli: Cli) -> None:
+    rows = [
+        {"prompt": f"where is the {a}?", "completion": f"on the {b}.", "label": a < b} for a in ANIMALS for b in ANIMALS
+    ]
+    cli.data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    built = cli.json("build", "--method", "kto")
+    assert (built["computed"], built["entries"]) == (25, 50)
+    trained = cli.train("--method", "kto", "--num_train_epochs", 1)
+    assert (trained["reference_rows_reused"], trained["reference_rows_computed"]) == (25, 0)
+
+
 def test_a_yaml_file_gives_the_keys(cli: Cli) -> None:
     file = cli.folder / "run.yaml"
     file.write_text(

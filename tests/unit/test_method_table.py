@@ -473,7 +473,9 @@ def test_public_losses_are_those_of_the_package() -> None:
 
 
 def test_settings_that_another_setting_switches_off_are_refused(made: Any) -> None:
-    with pytest.raises(ConfigError, match="f_alpha_divergence_coef=0.3 belongs to f_divergence_type: alpha_divergence"):
+    with pytest.raises(
+        ConfigError, match=r"f_alpha_divergence_coef=0\.3 belongs to f_divergence_type: alpha_divergence"
+    ):
         made(method="f_dpo", f_alpha_divergence_coef=0.3)
     for method in ("kto", "plackett_luce"):
         with pytest.raises(ConfigError, match=f"ranked_pairs='adjacent' .*expected all with method {method}"):
