@@ -6,6 +6,7 @@ weights.
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import tempfile
@@ -480,6 +481,7 @@ def _pairs(source: PairSource | None, tokenizer: Any, config: TrainConfig, limit
 
 def _load_policy(config: TrainConfig, model_path: str, say: Say) -> Any:
     """The model that trains: with adapters, or whole."""
+    gc.collect()  # a trainer lies in cycles, so the model of a run before, in the same process, may still be there
     dtype = resolve_dtype(config.dtype)
     if config.use_cpu and dtype == torch.bfloat16 and not cpu_has_bf16():
         say("note: this CPU has no bfloat16 instructions; dtype: float32 (or auto) is many times faster here")
