@@ -46,6 +46,8 @@ class Method:
     baseline: Callable[[Any, Settings], Tensor] | None = None
     """`baseline(stats, settings) -> (B,)`, what `stats.baseline` is the running mean of, over all pairs since the run began; it is
     state of a run, kept in checkpoints."""
+    sums: Callable[[Any, Settings], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    """`sums(stats, settings)`: the four sums that it compares, where they are not plain ones; metrics are of these."""
     reward_per_token: bool = False
     """Rewards, in metrics, are `beta` times means over tokens instead of sums."""
     parts: tuple[tuple[float, Method], ...] = ()

@@ -50,6 +50,10 @@ def mixture(parts: tuple[tuple[float, Method], ...]) -> Method:
         assert method.baseline is not None
         return method.baseline(stats, settings[method.name])
 
+    def sums(stats: Any, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert first.sums is not None
+        return first.sums(stats, settings[first.name])
+
     return _Mixture(
         name=name,
         loss=loss,
@@ -63,6 +67,7 @@ def mixture(parts: tuple[tuple[float, Method], ...]) -> Method:
         mismatched=any(method.mismatched for method in methods),
         whole_step=any(method.whole_step for method in methods),
         baseline=baseline if with_state else None,
+        sums=None if first.sums is None else sums,
         reward_per_token=first.reward_per_token,
         parts=parts,
     )

@@ -76,6 +76,8 @@ class UnpairedStats:
     baseline: Tensor | None = None
     """() `z0`: how far policy and reference are apart, without gradient; for a method that has `mismatched` completions."""
 
+    with_gradient: ClassVar[tuple[str, ...]] = ("logps",)
+
     def __len__(self) -> int:
         return len(self.logps)
 
@@ -97,6 +99,8 @@ class ListStats:
     weights: Tensor | None = None
     """(T,) what each list's loss counts in a step's mean; None: 1."""
     k3: Tensor | None = None
+
+    with_gradient: ClassVar[tuple[str, ...]] = ("logps",)
 
     def __len__(self) -> int:
         return self.lists

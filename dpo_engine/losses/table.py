@@ -88,23 +88,27 @@ def _bco_rewards(stats: PairStats, settings: Settings) -> Tensor:
 
 
 def _ld_dpo(stats: PairStats, settings: Settings) -> Tensor:
+    return dpo_loss(*_ld_sums(stats, settings), settings["beta"])
+
+
+def _ld_sums(stats: PairStats, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Without public parts, only where they cannot matter: lengths are equal, or policy and reference are."""
     sums = four_sums(stats)
     alike = stats.chosen_public_logps is None and (
         torch.equal(stats.chosen_lengths, stats.rejected_lengths)
         or (torch.equal(sums[0], sums[2]) and torch.equal(sums[1], sums[3]))
     )
-    if not alike:
-        public = needed(
-            stats,
-            "chosen_public_logps",
-            "rejected_public_logps",
-            "reference_chosen_public_logps",
-            "reference_rejected_public_logps",
-        )
-        weighted = [ld_logps(*both, settings["ld_alpha"]) for both in zip(sums, public, strict=True)]
-        sums = weighted[0], weighted[1], weighted[2], weighted[3]
-    return dpo_loss(*sums, settings["beta"])
+    if alike:
+        return sums
+    public = needed(
+        stats,
+        "chosen_public_logps",
+        "rejected_public_logps",
+        "reference_chosen_public_logps",
+        "reference_rejected_public_logps",
+    )
+    weighted = [ld_logps(*both, settings["ld_alpha"]) for both in zip(sums, public, strict=True)]
+    return weighted[0], weighted[1], weighted[2], weighted[3]
 
 
 def _tr_dpo(stats: PairStats, settings: Settings) -> Tensor:
@@ -147,7 +151,7 @@ _METHODS = (
     Method(name="aot", loss=on_sums(aot_loss), parameters=(p.BETA.of(0.01), p.LABEL_SMOOTHING), whole_step=True),
     Method(name="discopop", loss=on_sums(discopop_loss), parameters=(p.BETA.of(0.05), p.DISCOPOP_TAU)),
     Method(name="f_dpo", loss=on_sums(f_dpo_loss), parameters=(p.BETA, p.F_DIVERGENCE_TYPE, p.F_ALPHA)),
-    Method(name="ld_dpo", loss=_ld_dpo, parameters=(p.BETA, p.LD_ALPHA), public_part=True),
+    Method(name="ld_dpo", loss=_ld_dpo, parameters=(p.BETA, p.LD_ALPHA), public_part=True, sums=_ld_sums),
     Method(
         name="r_dpo",
         loss=on_fields(r_dpo_loss, *_PAIR, *_REFERENCE, *_LENGTHS),
@@ -253,7 +257,8 @@ def _entry(name: str) -> Method:
         if ours != name:
             logger.warning("%r is TRL's name; here the method is %r", name, ours)
         return LOSSES[ours]
-    near = difflib.get_close_matches(name.lower(), LOSSES, n=1) or difflib.get_close_matches(name.lower(), ALIASES, n=1)
+    plain = name.lower().removesuffix("_pair")
+    near = [plain] if plain in LOSSES else difflib.get_close_matches(name.lower(), [*LOSSES, *ALIASES], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
         f"method={name!r} is not known; {hint}expected one of {', '.join(sorted(LOSSES))}, or several joined by '+'"

@@ -7,6 +7,7 @@ ranked list the best and the last.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,11 @@ def stats_metrics(
         settings = method.settings(config)
         scale = settings.get("beta", 1.0)
         if isinstance(stats, PairStats):
-            metrics = _pair_metrics(method, stats, losses, scale)
+            compared = stats
+            if method.sums is not None:
+                names = ("chosen_logps", "rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
+                compared = replace(stats, **dict(zip(names, method.sums(stats, settings), strict=True)))
+            metrics = _pair_metrics(method, compared, stats, losses, scale)
         elif isinstance(stats, UnpairedStats):
             metrics = _unpaired_metrics(stats, losses, scale)
         else:
@@ -66,15 +71,21 @@ def _won(margins: Tensor, sizes: Tensor) -> Tensor:
     return 0.5 * ((margins > tie).to(margins) + (margins >= -tie).to(margins))
 
 
-def _pair_metrics(method: Method, stats: PairStats, losses: Tensor, beta: float) -> Sums:
+def _pair_metrics(method: Method, stats: PairStats, plain: PairStats, losses: Tensor, beta: float) -> Sums:
+    """
+    Args:
+        stats: with the sums that the method compares.
+        plain: with those of all tokens alike, whose sizes decide what rounding makes of them.
+    """
     sides = []
-    for side, logps, lengths, reference in (
-        ("chosen", stats.chosen_logps, stats.chosen_lengths, stats.reference_chosen_logps),
-        ("rejected", stats.rejected_logps, stats.rejected_lengths, stats.reference_rejected_logps),
-    ):
+    for side in ("chosen", "rejected"):
+        logps, lengths = getattr(stats, f"{side}_logps"), getattr(stats, f"{side}_lengths")
+        reference = getattr(stats, f"reference_{side}_logps")
         scale = beta / lengths if method.reward_per_token else torch.full_like(logps, beta)
         under = torch.zeros_like(logps) if reference is None else reference
-        sides.append((side, logps, lengths, scale * (logps - under), scale * (logps.abs() + under.abs())))
+        sizes = [getattr(plain, name) for name in (f"{side}_logps", f"reference_{side}_logps")]
+        size = torch.stack([sums.abs() for sums in sizes if sums is not None]).sum(0)
+        sides.append((side, logps, lengths, scale * (logps - under), scale * size))
     shares = stats.shares
     metrics = {"loss": _mean(losses, shares)}
     for side, logps, lengths, rewards, _ in sides:

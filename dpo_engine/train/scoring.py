@@ -93,7 +93,14 @@ class Scorer:
 
     def stats(self, model: nn.Module, forest: PreferenceForest) -> Any:
         """What the method's loss is given of the forest, with the gradient of the policy's."""
-        values = self._with_kl(model, forest) if self.method.token_kl else self._values(model, forest)
+        return self.stats_of(self.values(model, forest), forest)
+
+    def values(self, model: nn.Module, forest: PreferenceForest) -> CompletionValues:
+        """What policy and reference say of each completion."""
+        return self._with_kl(model, forest) if self.method.token_kl else self._values(model, forest)
+
+    def stats_of(self, values: CompletionValues, forest: PreferenceForest) -> Any:
+        """What the method's loss is given, of values found before."""
         return forest_stats(self.method, values, forest, self.config.ranked_pairs)
 
     def with_reference(self, model: nn.Module, forest: PreferenceForest) -> PreferenceForest:
@@ -109,10 +116,6 @@ class Scorer:
         if forest.reference_token_logps is not None:
             return _sums(forest.reference_token_logps, forest)
         return None
-
-    def policy_sums(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
-        """(C,) sums of each completion's scored tokens under the policy, weighted as the data says."""
-        return _sums(self.token_logps(model, forest), forest)
 
     def log_ratios(self, model: nn.Module, forest: PreferenceForest) -> Tensor:
         """(C,) `policy - reference` of the sums of each completion; none of an idle forest's."""

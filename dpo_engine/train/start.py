@@ -32,24 +32,24 @@ def check_start(scorer: Scorer, model: nn.Module, forests: Sequence[PreferenceFo
     tolerance = 1e-3 if scorer.accelerator.mixed_precision != "no" else 1e-4
     # Asked anew also where it was computed before: in the same forest both are the same to the last bits.
     unknown = [replace(forest, reference_token_logps=None, reference_logps=None) for forest in forests]
-    anew = [scorer.stats(model, forest) for forest in unknown]
-    for forest, known in zip(forests, map(scorer.known_reference, forests), strict=True):
-        if known is not None:
-            now = scorer.policy_sums(model, forest)  # idle forests too: every rank takes part in every forward
-            _check_known(forest, known, now, unit_of(dtype))
+    values = [scorer.values(model, forest) for forest in unknown]
+    anew = [scorer.stats_of(found, forest) for found, forest in zip(values, unknown, strict=True)]
+    for forest, found in zip(forests, values, strict=True):
+        if (known := scorer.known_reference(forest)) is not None:
+            _check_known(forest, known, found.logps, unit_of(dtype))
     # Losses that couple pairs see them all.
     for stats in [joined(anew)] if isinstance(anew[0], PairStats) else anew:
         if isinstance(stats, UnpairedStats):
             stats = replace(stats, baseline=stats.logps.new_zeros(()))
-        found, expected = (scorer.method(each, scorer.config) for each in (stats, in_agreement(stats)))
-        if not len(found):
+        losses, expected = (scorer.method(each, scorer.config) for each in (stats, in_agreement(stats)))
+        if not len(losses):
             continue
-        off = (found - expected).abs() / expected.abs().clamp(min=1)
+        off = (losses - expected).abs() / expected.abs().clamp(min=1)
         worst = int(off.nan_to_num(nan=torch.inf).argmax())
         if not off[worst].item() <= tolerance:
             raise TrainingError(
                 f"before the first step the policy is the reference, so a {scorer.config.method} loss of the first batch must be "
-                f"{expected[worst].item():.6f} (within {tolerance:g}), but it is {found[worst].item():.6f}: policy and reference "
+                f"{expected[worst].item():.6f} (within {tolerance:g}), but it is {losses[worst].item():.6f}: policy and reference "
                 "are not computed alike (weights changed in memory, or a layer that is random in eval mode?)"
             )
 

@@ -51,6 +51,8 @@ def test_the_name_is_in_every_checkpoint_and_in_the_output_folder(tmp_path: Path
             "max_tokens_per_forest": run.budget.tokens,
             "baseline_count": 0,
             "baseline_sum": 0.0,
+            "health": {},
+            "method": "dpo",
         }
         assert not list(folder.glob("*.partial"))
     assert "nothing was measured" in run.backend.line()

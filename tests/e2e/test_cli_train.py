@@ -230,7 +230,7 @@ def test_the_console_script_exits_with_the_errors_code_and_help_is_quick_to_read
     assert failed.returncode == 2
     assert (
         failed.stderr.strip()
-        == "error: data=None is out of range; expected a file of preference pairs or a hub dataset id"
+        == "error: data=None is out of range; expected a file of preference data or a hub dataset id"
     )
     code, shown, _ = run(monkeypatch, capsys, "--help")
     assert code == 0

@@ -454,10 +454,10 @@ def test_a_data_set_of_which_no_row_fits_is_refused_instead_of_trained_on_in_vai
         ({"beta": -0.1}, "a finite number above 0"),
         ({"beta": math.inf}, "a finite number above 0"),
         ({"beta": math.nan}, "a finite number above 0"),
-        ({"label_smoothing": 0.5}, r"a number in \[0, 0.5\)"),
-        ({"label_smoothing": -0.1}, r"a number in \[0, 0.5\)"),
-        ({"label_smoothing": math.nan}, r"a number in \[0, 0.5\)"),
-        ({"method": "ipo", "ipo_reduction": "average"}, "mean or sum"),
+        ({"label_smoothing": 0.5}, "a finite number of at least 0 and below 0.5"),
+        ({"label_smoothing": -0.1}, "a finite number of at least 0 and below 0.5"),
+        ({"label_smoothing": math.nan}, "a finite number of at least 0 and below 0.5"),
+        ({"method": "ipo", "ipo_reduction": "average"}, "one of mean, sum"),
         ({"method": "ipo", "label_smoothing": 0.1}, "the method ipo does not use it"),
         ({"ipo_reduction": "sum"}, "the method dpo does not use it"),
         ({"learning_rate": math.inf}, "a finite number of at least 0"),
@@ -468,5 +468,5 @@ def test_a_data_set_of_which_no_row_fits_is_refused_instead_of_trained_on_in_vai
 def test_an_option_that_makes_no_loss_is_refused_with_what_is_expected(
     tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"is out of range; expected .*{expected}"):
+    with pytest.raises(ConfigError, match=f"(is out of range; expected|is given, but).*{expected}"):
         DPOConfig(output_dir=str(tmp_path), use_cpu=True, **changes)

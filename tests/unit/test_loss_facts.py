@@ -307,9 +307,12 @@ def test_length_desensitised_sums_are_those_of_weighted_tokens() -> None:
     ].abs() < 1e-12  # of one length
 
 
-def test_ld_dpo_without_public_parts_takes_sums_as_weighted() -> None:
+def test_ld_dpo_without_public_parts_is_a_number_only_where_they_cannot_matter() -> None:
     stats = replace(pairs(hard=False), chosen_public_logps=None)
-    assert torch.equal(found("ld_dpo", stats), found("dpo", stats))
+    with pytest.raises(ValueError, match="came without chosen_public_logps"):
+        found("ld_dpo", stats)
+    alike = replace(stats, rejected_lengths=stats.chosen_lengths)
+    assert torch.equal(found("ld_dpo", alike), found("dpo", alike))
 
 
 def test_dpops_penalty_is_inside_the_sigmoid_times_beta() -> None:
