@@ -18,6 +18,7 @@ from dpo_engine.batch import Tree, build_forest
 from dpo_engine.losses import LOSSES, ListStats, PairStats, UnpairedStats, get_method
 from dpo_engine.train.metrics import MetricSums, stats_metrics
 from dpo_engine.train.scoring import _completion_values
+from dpo_engine.train.start import in_agreement
 from dpo_engine.train.state import RunningMean
 from support.loss_formulas import stats_of
 
@@ -135,8 +136,7 @@ def test_a_pair_that_ties_is_half_right_also_in_the_last_bits_of_its_sums() -> N
 )
 def test_before_the_first_step_accuracy_is_a_half_and_rewards_are_zero(method: str) -> None:
     stats = stats_of(method, hard=True)
-    same = replace(stats, reference_chosen_logps=stats.chosen_logps, reference_rejected_logps=stats.rejected_logps)
-    found = means(method, same)
+    found = means(method, in_agreement(stats))
     assert found["rewards/accuracies"] == 0.5
     assert found["rewards/margins"] == found["rewards/chosen"] == found["logps/chosen_shift"] == 0
 
