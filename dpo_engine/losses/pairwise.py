@@ -43,7 +43,7 @@ def dpo_loss(
         preferences", eq. 3; of means over tokens in place of sums, Lambert et al. 2024, Tulu 3, arXiv:2411.15124.
     """
     h = (policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps)
-    return _smoothed(beta * h, label_smoothing)
+    return smoothed_logistic(beta * h, label_smoothing)
 
 
 def rdpo_loss(
@@ -268,7 +268,7 @@ def aot_loss(
     margins = policy_chosen_logps - policy_rejected_logps
     places = margins.detach().argsort(stable=True).argsort(stable=True)  # of each pair among the policy's margins
     against = (reference_chosen_logps - reference_rejected_logps).sort().values[places]
-    return _smoothed(beta * (margins - against), label_smoothing)
+    return smoothed_logistic(beta * (margins - against), label_smoothing)
 
 
 def discopop_loss(
@@ -401,6 +401,6 @@ def tdpo_loss(
     return -logsigmoid(beta * (h - tdpo_alpha * (rejected_kl - chosen_kl.detach())))
 
 
-def _smoothed(z: Tensor, label_smoothing: float) -> Tensor:
+def smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
     """The cross-entropy of sigmoid(z) with a label that holds with probability 1 - label_smoothing."""
     return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)

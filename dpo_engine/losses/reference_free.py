@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dpo_engine.losses.pairwise import smoothed_logistic
+
 
 def nll_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
     """`-chosen_logps / chosen_lengths`: a token's negative log-likelihood, a mean over each sequence's own tokens.
@@ -31,8 +33,7 @@ def cpo_loss(
         mean over each sequence's tokens.
     """
     z = beta * (chosen_logps - rejected_logps)
-    preference = -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
-    return preference + cpo_alpha * nll_loss(chosen_logps, chosen_lengths)
+    return smoothed_logistic(z, label_smoothing) + cpo_alpha * nll_loss(chosen_logps, chosen_lengths)
 
 
 def simpo_loss(
