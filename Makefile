@@ -45,10 +45,10 @@ test-all: $(VENV)/.installed-dev  ## run every test that needs no GPU
 
 # For machines that have torch, Triton and pytest already and perhaps no network: nothing is installed, .venv is not used.
 gpu:  ## on a machine with an NVIDIA GPU: its checks and timings, by $(PYTHON) as it is
-	@$(PYTHON) benchmarks/gpu.py $(PART) $(GPU_ARGS)
+	@$(PYTHON) -m benchmarks.gpu $(PART) $(GPU_ARGS)
 
 integrations: $(VENV)/.installed-dev  ## TRL's trainers with the engine and without, in an environment for each release
-	$(BIN)/python benchmarks/integrations.py $(if $(TRL),--only $(TRL)) $(INTEGRATIONS_ARGS)
+	$(BIN)/python -m benchmarks.integrations $(if $(TRL),--only $(TRL)) $(INTEGRATIONS_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

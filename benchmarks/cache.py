@@ -1,7 +1,7 @@
 """What does the reference cache cost, and what does it save?
 
-    python benchmarks/cache.py --data pairs.jsonl                 all three parts, SmolLM2-135M
-    python benchmarks/cache.py --data pairs.jsonl --parts build sweep --pairs 32 --rounds 3
+    python -m benchmarks.cache --data pairs.jsonl                 all three parts, SmolLM2-135M
+    python -m benchmarks.cache --data pairs.jsonl --parts build sweep --pairs 32 --rounds 3
 
 store   made-up log-probs with the lengths of the data: rows/s written and read, bytes a token and a row. Reading is what training
         does: token ids are hashed to addresses, every entry's checksum is compared, values end in the data set's memory.
@@ -22,9 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import describe_machine, table, time_alternating, write_results
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.harness import describe_machine, table, time_alternating, write_results
 
 PARTS = ("store", "build", "sweep")
 BETAS = (0.05, 0.1, 0.2, 0.5)

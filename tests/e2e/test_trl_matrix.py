@@ -16,14 +16,14 @@ from support.benchmark_scripts import load
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'dpo-engine[trl]'")
 
-CASES = load("integrations_case").CASES
+CASES = load("integrations.case").CASES
 RELEASE = ".".join(metadata.version("trl").split(".")[:2])
 STEPS, BATCH = 3, 4
 
 
 def run(case: str, *, engine: bool) -> dict[str, Any]:
     spec = {"case": case, "engine": engine, "steps": STEPS, "batch": BATCH}
-    return dict(load("integrations_case").run(spec))
+    return dict(load("integrations.case").run(spec))
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if "1.16" in case.releases])
@@ -31,7 +31,7 @@ def test_a_trainer_does_the_same_with_the_engine_as_without(case: str) -> None:
     if RELEASE != "1.16":
         pytest.skip(f"TRL {RELEASE} is installed; the cases are those of 1.16, others run by make integrations")
     without, with_engine = run(case, engine=False), run(case, engine=True)
-    assert not load("integrations_compare").compare(without, with_engine)["differs"]
+    assert not load("integrations.compare").compare(without, with_engine)["differs"]
 
 
 def recorded() -> dict[str, Any]:
@@ -59,7 +59,7 @@ def recorded() -> dict[str, Any]:
 )
 def test_the_comparison_names_what_differs(where: str, change: Any) -> None:
     with_engine = recorded() | {"engine_calls": 5}
-    compare = load("integrations_compare").compare
+    compare = load("integrations.compare").compare
     assert compare(recorded(), with_engine)["differs"] == []
     change(with_engine)
     (line,) = compare(recorded(), with_engine)["differs"]
@@ -67,12 +67,12 @@ def test_the_comparison_names_what_differs(where: str, change: Any) -> None:
 
 
 def test_the_page_has_the_table_of_the_newest_results() -> None:
-    table = load("integrations_table")
+    table = load("integrations.table")
     name, records = table.newest()
     page = Path(table.PAGE)
     if not records or not page.exists():
         pytest.skip("the matrix was not measured yet: make integrations")
     text = page.read_text("utf-8")
     assert text.split(table.BEGIN)[1].split(table.END)[0].strip() == table.text(name, records), (
-        "run: python benchmarks/integrations.py --table"
+        "run: python -m benchmarks.integrations --table"
     )

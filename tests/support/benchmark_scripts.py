@@ -1,4 +1,4 @@
-"""How does a test get at the scripts in `benchmarks/`, which are no package?"""
+"""How does a test get at the modules of `benchmarks/`, which is not installed?"""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from support.imports import ROOT
 
 
 def load(name: str) -> ModuleType:
-    """The module of `benchmarks/<name>.py`, under the name by which the scripts import each other."""
-    folder = str(ROOT / "benchmarks")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(name)
+    """The module `benchmarks.<name>`."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # last, for its folder `kernels` is not the package of that name
+    return importlib.import_module(f"benchmarks.{name}")

@@ -12,7 +12,7 @@ from support.benchmark_scripts import load
 
 @pytest.fixture(scope="module")
 def world():
-    worlds = load("frontier_world")
+    worlds = load("frontier.world")
     return worlds.make_world(0, worlds.make_space(prompts=4, longest=2), pretrain_steps=20)
 
 
@@ -27,7 +27,7 @@ def test_probabilities_of_all_responses_are_the_models_and_add_up_to_one(world) 
 
 
 def test_no_policy_is_above_the_frontier(world) -> None:
-    frontier, script = world.frontier(), load("frontier")
+    frontier, script = world.frontier(), load("frontier.run")
     draw = torch.Generator().manual_seed(1)
     for scale in (0.1, 1.0, 3.0):
         noise = torch.randn(world.reward.shape, generator=draw, dtype=torch.float64)
@@ -36,7 +36,7 @@ def test_no_policy_is_above_the_frontier(world) -> None:
 
 
 def test_a_hull_is_what_mixtures_of_policies_reach() -> None:
-    script = load("frontier")
+    script = load("frontier.run")
     assert script.hull([(1, 1), (2, 1.2), (1.5, 1.0), (3, 0.5)]) == [(0, 0), (1, 1), (2, 1.2)]
     assert script.at(1.5, [(0, 0), (1, 1), (2, 1.2)]) == pytest.approx(1.1)
     assert script.at(2.5, [(0, 0), (1, 1), (2, 1.2)]) is None
@@ -44,7 +44,7 @@ def test_a_hull_is_what_mixtures_of_policies_reach() -> None:
 
 @pytest.mark.parametrize("method", ["dpo", "ppo_learned", "ppo_true"])
 def test_every_method_gains_reward(method: str, world) -> None:
-    script, train = load("frontier"), load("frontier_train")
+    script, train = load("frontier.run"), load("frontier.train")
     script._remember(world, train.Settings(epochs=2, rollouts=6))
     records = script.run_job((method, (1.0,), 0, 2000))
     last = records[-1]

@@ -189,7 +189,7 @@ def test_files_without_their_history_may_be_told_their_commit(monkeypatch: pytes
     def no_git(*args: object, **kwargs: object) -> None:
         raise subprocess.CalledProcessError(128, "git")
 
-    monkeypatch.setattr(harness.subprocess, "run", no_git)
+    monkeypatch.setattr(harness.machine.subprocess, "run", no_git)
     monkeypatch.delenv(harness.COMMIT_VARIABLE, raising=False)
     assert harness.commit() == "unknown"
     monkeypatch.setenv(harness.COMMIT_VARIABLE, "abc123")
@@ -220,10 +220,7 @@ def test_a_child_that_computes_is_told_from_one_that_waits() -> None:
 
 def test_a_reset_peak_forgets_what_was_freed_before() -> None:
     code = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("harness", sys.argv[1])
-harness = sys.modules["harness"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(harness)
+from benchmarks import harness
 def touch(mib):
     block = bytearray(mib << 20)
     block[::4096] = b"x" * len(block[::4096])
@@ -234,7 +231,7 @@ base = harness.rss_mb()
 touch(32)
 print(before - base > 100, 30 < harness.rss_mb(peak=True) - base < 40)
 """
-    done = harness.run_watched([sys.executable, "-c", code, str(ROOT / "benchmarks" / "harness.py")])
+    done = harness.run_watched([sys.executable, "-c", code])
     assert done.stdout.split() == ["True", "True"]
 
 
@@ -257,10 +254,10 @@ def test_a_benchmark_that_is_terminated_leaves_no_child_behind(tmp_path: Path) -
         f"import os, time\nfrom pathlib import Path\nPath({str(child)!r}).write_text(str(os.getpid()))\ntime.sleep(60)\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import harness\n"
+        "import sys\nfrom benchmarks import harness\n"
         f"harness.run_watched([sys.executable, {str(tmp_path / 'child.py')!r}])"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code])
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
         for _ in range(300):
             if child.exists() and child.read_text():

@@ -14,8 +14,8 @@ from torch import Tensor
 from support.benchmark_scripts import load
 from support.call_cost import PeakBytes, Products
 
-op_cases, op_errors, op_implementations = load("op_cases"), load("op_errors"), load("op_implementations")
-op_memory, ops, roofline = load("op_memory"), load("ops"), load("roofline")
+op_cases, op_errors, op_implementations = load("ops.cases"), load("ops.errors"), load("ops.implementations")
+op_memory, ops, roofline = load("ops.memory"), load("ops.run"), load("ops.roofline")
 CASES, IMPLEMENTATIONS = op_cases.CASES, op_implementations.IMPLEMENTATIONS
 
 SHAPE = op_cases.Shape(rows=26, hidden=16, vocabulary=300, dtype="float32", device="cpu")

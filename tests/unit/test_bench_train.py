@@ -20,11 +20,11 @@ pytest.importorskip("peft")
 from support.benchmark_scripts import load
 from support.tiny_pairs import random_pairs, tiny_llama
 
-rows = load("train_rows")
-tables = load("train_tables")
-watch = load("train_watch")
-engine = load("train_engine")
-train = load("train")
+rows = load("steps.rows")
+tables = load("steps.tables")
+watch = load("steps.watch")
+engine = load("steps.engine")
+train = load("steps.run")
 
 HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "datasets"))
 needs_trl = pytest.mark.skipif(not HAS_TRL, reason="trl or datasets is not installed")
@@ -59,7 +59,7 @@ def job(folder: Path, **changes: Any) -> Any:
 def run_here(name: str, its: Any, out: Path) -> dict[str, Any]:
     """A row as its script runs it, in this process."""
     row = rows.ROWS[name]
-    side = load(row.script.removesuffix(".py"))
+    side = load(row.module.removeprefix("benchmarks."))
     return side.run(vars(its) | row.options | {"output_dir": str(out)})
 
 

@@ -14,9 +14,9 @@ pytest.importorskip("peft")
 from dpo_engine.memory.shapes import shipped_shape
 from support.benchmark_scripts import load
 
-gpu_memory = load("gpu_memory")
-gpu_model = load("gpu_model")
-memory_table = load("memory_table")
+gpu_memory = load("gpu.memory")
+gpu_model = load("gpu.model")
+memory_table = load("gpu.memory_table")
 
 ROOT = Path(__file__).parents[2]
 HAS_ALL = all(importlib.util.find_spec(name) for name in ("trl", "datasets", "bitsandbytes"))
@@ -91,4 +91,6 @@ def test_the_table_reads_what_fits_from_the_peak_and_says_who_measured() -> None
 
 def test_the_page_on_memory_has_the_table_of_the_newest_results() -> None:
     page = (ROOT / "docs" / "memory.md").read_text("utf-8")
-    assert memory_table.table(memory_table.newest()) in page, "put what benchmarks/memory_table.py prints into it"
+    assert memory_table.table(memory_table.newest()) in page, (
+        "put what python -m benchmarks.gpu.memory_table prints into it"
+    )

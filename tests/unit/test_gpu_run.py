@@ -16,7 +16,7 @@ import torch
 from support.benchmark_scripts import load
 from support.imports import ROOT
 
-gpu = load("gpu")
+gpu = load("gpu.run")
 SIX_MINUTES = 360.0
 ON_CPU = {"DPO_ENGINE_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
 
@@ -181,7 +181,7 @@ def test_without_a_cuda_device_make_gpu_says_so_in_one_line_and_exits_with_2() -
 
 def test_make_gpu_installs_nothing() -> None:
     done = subprocess.run(["make", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "benchmarks/gpu.py" in done.stdout
+    assert "benchmarks.gpu" in done.stdout
     assert "pip" not in done.stdout and ".venv" not in done.stdout
 
 
@@ -213,7 +213,7 @@ def test_the_operators_benchmark_runs_from_end_to_end_on_a_cpu(tmp_path: Path) -
     assert step["step"] == gpu.TINY_SHAPES[0]
     measured = {(r["case"], r["implementation"]) for r in records if r["status"] == "measured"}
     names = ("floor", "engine tiled", "naive")
-    assert measured == {(case, name) for case in load("op_cases").CASES for name in names}
+    assert measured == {(case, name) for case in load("ops.cases").CASES for name in names}
 
 
 def test_the_tests_for_a_card_pass_on_a_cpu(tmp_path: Path) -> None:

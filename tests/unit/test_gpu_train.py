@@ -17,13 +17,13 @@ pytest.importorskip("peft")
 
 from support.benchmark_scripts import load
 
-gpu_train = load("gpu_train")
-gpu_rows = load("gpu_rows")
-gpu_tables = load("gpu_tables")
-gpu_pairs = load("gpu_pairs")
-gpu_model = load("gpu_model")
-train_flops = load("train_flops")
-gpu = load("gpu")
+gpu_train = load("gpu.train")
+gpu_rows = load("gpu.rows")
+gpu_tables = load("gpu.tables")
+gpu_pairs = load("gpu.pairs")
+gpu_model = load("gpu.model")
+train_flops = load("steps.flops")
+gpu = load("gpu.run")
 
 HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "datasets"))
 needs_trl = pytest.mark.skipif(not HAS_TRL, reason="trl or datasets is not installed")
@@ -89,7 +89,7 @@ def test_make_gpu_hands_its_time_on(tmp_path: Path) -> None:
     assert command[command.index("--budget_s") + 1] == "85" and "--tiny" not in command
     assert command[command.index("--weights") + 1] == "nf4" and command[command.index("--lengths") + 1] == "hh"
     # What Liger replaces stays replaced: its row comes last, in a process of its own, and in no other.
-    liger = gpu_train.parser().parse_args(steps[2].command(100.0)[2:])
+    liger = gpu_train.parser().parse_args(steps[2].command(100.0)[3:])
     assert liger.rows == ["engine", "engine_liger"] and "engine_liger" not in gpu_rows.USUAL
 
 

@@ -1,0 +1,7 @@
+"""python -m benchmarks.integrations"""
+
+import sys
+
+from benchmarks.integrations.run import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""How fast does the engine train beside others, and in how much memory?"""
