@@ -38,10 +38,10 @@ def newest(folder: Path = RESULTS) -> list[dict[str, Any]]:
 def table(records: Sequence[Record]) -> str:
     """Markdown."""
     found = {
-        (record["row"], record["length"]): record
+        (record["implementation"], record["length"]): record
         for record in records
         if record.get("status") == "measured"
-        and "row" in record
+        and "implementation" in record
         and not record.get("cap_gb")
         and not record.get("tiny")
     }

@@ -62,7 +62,7 @@ def measure(
                 found: Record = {"status": "not measured: the time that was given is used up"}
             else:
                 found = run(group, row, clock() + left)
-            yield {"lengths": group, "row": row, **vars(ROWS[row]), **found}
+            yield {"lengths": group, "implementation": row, **vars(ROWS[row]), **found}
 
 
 def with_rates(record: Record, config: Any, pairs: list[Record], settings: Settings, peaks: Record) -> Record:
@@ -146,7 +146,7 @@ def measured(
     absent = missing_packages("bitsandbytes") if settings.weights == "nf4" else None
     if absent:
         for name in lengths:
-            yield {**common, "lengths": name, "row": None, "side": None, "status": absent}
+            yield {**common, "lengths": name, "implementation": None, "side": None, "status": absent}
         return
     config = llama_config(tiny=tiny)
     pairs = {

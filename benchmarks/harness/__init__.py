@@ -12,6 +12,7 @@ from benchmarks.harness.machine import (
     describe_machine,
     machine_name,
 )
+from benchmarks.harness.neighbours import Neighbours
 from benchmarks.harness.process import (
     Finished,
     OverLimit,
@@ -32,6 +33,7 @@ __all__ = [
     "ROOT",
     "SCHEMA",
     "Finished",
+    "Neighbours",
     "OverLimit",
     "Timing",
     "commit",

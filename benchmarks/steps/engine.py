@@ -65,7 +65,7 @@ def config(spec: dict[str, Any]) -> DPOConfig:
     on_cpu = not torch.cuda.is_available()
     return DPOConfig(
         output_dir=spec["output_dir"],
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=spec["precompute"],
         reference_cache="off",  # nothing of an earlier run is to be found: both sides compute it
         share_prompt=SHARE_PROMPT[spec["layout"]],
         max_length=spec["max_length"],

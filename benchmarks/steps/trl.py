@@ -89,14 +89,16 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 def config(spec: dict[str, Any]) -> DPOConfig:
     on_cpu = not torch.cuda.is_available()
+    micro = spec["micro"] or spec["batch"]
     return DPOConfig(
         output_dir=spec["output_dir"],
-        precompute_ref_log_probs=True,
-        gradient_checkpointing=False,
+        precompute_ref_log_probs=spec["precompute"],
+        gradient_checkpointing=spec["checkpointing"],
         max_length=spec["max_length"],
         beta=spec["beta"],
         learning_rate=spec["learning_rate"],
-        per_device_train_batch_size=spec["batch"],
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=spec["batch"] // micro,
         num_train_epochs=1,
         train_sampling_strategy="sequential",
         seed=spec["seed"],
