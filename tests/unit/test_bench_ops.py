@@ -263,7 +263,7 @@ def test_every_implementation_has_a_record_that_says_what_became_of_it(clock: Cl
     assert by_name["wrong"]["unquotable"].startswith("log-probs are") and by_name["quick"]["unquotable"] is None
     assert "no ratio for wrong: log-probs are" in text
     line = next(line.split() for line in text.splitlines() if line.startswith("wrong "))
-    assert line[3] == "-" and float(next(l.split()[3] for l in text.splitlines() if l.startswith("quick ")))
+    assert line[3] == "-" and float(next(row.split()[3] for row in text.splitlines() if row.startswith("quick ")))
     json.dumps(records, allow_nan=False)
 
 
