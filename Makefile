@@ -48,7 +48,7 @@ test-all: $(VENV)/.installed-dev  ## run every test that needs no GPU
 
 bench: $(VENV)/.installed-dev  ## measure everything here (about an hour on two quiet cores), then draw it
 	DATA_DIR='$(DATA_DIR)' $(BIN)/dpo-engine bench $(BENCH_ARGS)
-	$(BIN)/dpo-engine bench report
+	$(if $(findstring --smoke,$(BENCH_ARGS)),,$(BIN)/dpo-engine bench report)
 
 # For machines that have torch, Triton and pytest already and perhaps no network: nothing is installed, .venv is not used.
 gpu:  ## on a machine with an NVIDIA GPU: its checks and timings, by $(PYTHON) as it is

@@ -24,7 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.harness import RESULTS, ROOT, describe_machine, write_results
+from benchmarks.steps.flops import gemm_tflops, model_flops
 from benchmarks.steps.rows import DATA_SETS, OTHER, ROWS, Job, Record, find_data, read_pairs, run_here, run_row
 from benchmarks.steps.tables import disagreements, speed_table, token_table
 
@@ -103,9 +106,13 @@ def measure(job: Job, only: Sequence[str], rounds: int, limit_s: float, *, here:
     settings: Record = {name: getattr(job, name) for name in SAME}
     settings |= {"case": job.case, "pairs": len(job.pairs), "steps": job.steps, "rounds": rounds}
     settings |= {"data_sha256": job.sha256, "published_data": job.sha256 == DATA_SETS.get(job.case, OTHER).sha256}
+    from transformers import AutoConfig
+
+    model_config = AutoConfig.from_pretrained(job.model_path)
     records: list[Record] = []
     given_up: set[str] = set()
     for number in range(rounds):
+        rate = 1e3 * gemm_tflops("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, job.dtype), size=1024)
         for name in only if number % 2 == 0 else reversed(only):
             if name in given_up:
                 continue
@@ -114,8 +121,24 @@ def measure(job: Job, only: Sequence[str], rounds: int, limit_s: float, *, here:
             if record["status"] != "measured":
                 print(record.get("tail", record["status"]), file=sys.stderr, flush=True)
                 given_up.add(name)
+            else:
+                record |= utilisation(model_config, job, record, rate)
             records.append({"round": number, **settings, **record})
     return records
+
+
+def utilisation(model_config: Any, job: Job, record: Record, rate: float) -> Record:
+    """The arithmetic that a row's layout cannot do without (`flops.py`), and which part of the bare products' speed that comes to.
+
+    Args:
+        rate: GFLOP/s of a bare product in this round.
+    """
+    shared = record.get("layout") == "shared"
+    needed = 1e-9 * model_flops(model_config, job.pairs, trainable=record["trainable_parameters"], shared=shared)
+    found = {"gemm_gflop_per_s": round(rate, 1), "gflop_a_pair": round(needed / len(job.pairs), 2)}
+    if record["pairs_per_s"]:
+        found["share_of_gemm_speed"] = round(found["gflop_a_pair"] * record["pairs_per_s"] / rate, 3)
+    return found
 
 
 def report(job: Job, records: Sequence[Record]) -> tuple[str, bool]:
@@ -133,8 +156,6 @@ def report(job: Job, records: Sequence[Record]) -> tuple[str, bool]:
 def main(arguments: Sequence[str] | None = None) -> int:
     made = parser()
     args = made.parse_args(arguments)
-    import torch
-
     machine = describe_machine(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
     kept: list[dict[str, Any]] = []
     status = 0

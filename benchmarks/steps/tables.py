@@ -102,8 +102,8 @@ def speed_table(records: Sequence[Record], titles: Mapping[str, str]) -> str:
         "of TRL's",
         "reference s",
         "tokens a pair",
+        "of GEMM speed",
         "first loss",
-        "chosen",
     ]
     rows, lines = [], []
     for name, record in ((name, first[name]) for name in titles if name in first):
@@ -123,11 +123,12 @@ def speed_table(records: Sequence[Record], titles: Mapping[str, str]) -> str:
                 f"{share:.2f}" if share else "-",
                 f"{its['reference_s']:.1f}",
                 f"{sum(record['step_tokens']) / record['pairs']:.0f}",
+                f"{record['share_of_gemm_speed']:.0%}" if "share_of_gemm_speed" in record else "-",
                 f"{record['first_loss']:.4f}",
-                f"{record['first_chosen']:.3f}",
             )
         )
-    lines += [f"no ratio for {titles[name]}: {why}" for name, why in refused.items()]
+    for why in dict.fromkeys(refused.values()):
+        lines.append(f"no ratio for {'; '.join(titles[name] for name in refused if refused[name] == why)}: {why}")
     if base is not None:
         lines.append(f"TRL's best here: {titles[base]}")
     return "\n".join([*([table(header, rows)] if rows else []), *lines])

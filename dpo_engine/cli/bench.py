@@ -9,6 +9,8 @@ from pathlib import Path
 
 from dpo_engine.errors import ConfigError
 
+PACKAGE = Path(__file__).resolve().parents[1]
+
 
 def bench_command(arguments: Sequence[str]) -> int:
     """Hand `arguments` to the checkout's `benchmarks.bench`.
@@ -24,7 +26,7 @@ def bench_command(arguments: Sequence[str]) -> int:
     return int(importlib.import_module("benchmarks.bench").main(arguments))
 
 
-def checkout(package: Path = Path(__file__).resolve().parents[1]) -> Path:
+def checkout(package: Path = PACKAGE) -> Path:
     """The folder that holds the package and `benchmarks/`, or the working folder where that is a checkout.
 
     Raises:
