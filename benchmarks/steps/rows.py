@@ -105,13 +105,14 @@ class DataSet:
 
 DATA_SETS = {
     "hh_harmless_test": DataSet(
+        pairs=16,
         source="anthropics/hh-rlhf, harmless-base/test.jsonl.gz (MIT)",
         sha256="ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03",
     ),
     "dpo_en_demo": DataSet(
         max_length=1024,
         batch=2,
-        pairs=10,
+        pairs=6,
         source="hiyouga/LLaMA-Factory, data/dpo_en_demo.json (Apache-2.0), without one row",
         sha256="9ac01d2cd81b7cec3afbb17a7d7cb84b9bfb5fd1b85e55a36d03cfa5f3eb3c77",
     ),

@@ -351,7 +351,7 @@ def test_rows_take_turns_in_an_order_that_turns_round_and_a_failed_one_is_not_tr
         "engine_shared",
     ]
     assert [r["round"] for r in found] == [0, 0, 0, 1, 1, 2, 2]
-    assert all(0 < r["share_of_gemm_speed"] < 1 for r in found if r["status"] == "measured")
+    assert all(r["gemm_gflop_per_s"] > 0.1 and "share_of_gemm_speed" in r for r in found if r["status"] == "measured")
     assert found[0]["steps"] == 2 and found[0]["case"] == "made up"
 
 
