@@ -34,7 +34,7 @@ from dpo_engine.memory.step import MIB, StepSettings, step_parts
 
 LENGTHS = (1024, 2048, 4096, 8192)
 CAPS = (12, 16, 24)  # GB
-ROWS = {"engine": "engine", "trl": "trl_precomputed"}  # names here -> rows of gpu_rows.py
+ROWS = {"engine": "engine", "trl": "trl_precomputed"}  # names here -> rows of rows.py
 STEP, STEPS = 4, 3
 CONTEXT_MB = 600.0  # beside the allocator, as the plan takes it
 LEAST_S = 10.0

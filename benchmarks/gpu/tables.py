@@ -1,4 +1,4 @@
-"""What does a person read of `gpu_train.py`? A table for each data set, and whether the targets were met."""
+"""What does a person read of `train.py`? A table for each data set, and whether the targets were met."""
 
 from __future__ import annotations
 

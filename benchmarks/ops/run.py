@@ -4,8 +4,8 @@
     python -m benchmarks.ops --cases frozen --shapes 2048,576,49152 --dtype float32 --rounds 3
     python -m benchmarks.ops --only 'engine tiled' naive trl --no_save
 
-Cases and floors: `op_cases.py`. Implementations: `op_implementations.py`. Errors stand beside the times (`op_errors.py`), and
-so does memory (`op_memory.py`). All implementations of a case take turns in one process, in an order that is reversed every
+Cases and floors: `cases.py`. Implementations: `implementations.py`. Errors stand beside the times (`errors.py`), and
+so does memory (`memory.py`). All implementations of a case take turns in one process, in an order that is reversed every
 other round; the floor is one of them, and ratios to it are taken round by round. Inputs are random, several sets in turn.
 
 An implementation that cannot do a case reads "n/a: why", one that raises "failed: why", one whose call takes longer than

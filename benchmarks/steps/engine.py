@@ -1,6 +1,6 @@
 """How long does the engine take for given pairs, in a given layout? One run in a process of its own.
 
-    python -m benchmarks.steps.engine SPEC.json        prints one JSON object; `train.py` writes SPEC.json
+    python -m benchmarks.steps.engine SPEC.json        prints one JSON object; `run.py` writes SPEC.json
 
 The layouts `packed` and `shared` are what `share_prompt` gives. `padded` is what the trainer falls back to for models that
 are right on nothing else; no option asks for it, so the trainer's `layout` is replaced after it has been made.

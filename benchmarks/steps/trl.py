@@ -1,6 +1,6 @@
 """How long does TRL's own DPOTrainer take for given pairs? One run in a process of its own.
 
-    python -m benchmarks.steps.trl SPEC.json        prints one JSON object; `train.py` writes SPEC.json
+    python -m benchmarks.steps.trl SPEC.json        prints one JSON object; `run.py` writes SPEC.json
 
 TRL is used as its documentation does: a model object, a `LoraConfig`, a `datasets.Dataset`. It is handed token ids instead of
 text, because it appends an end token to what truncation has cut; what its collator makes of them is compared with the
