@@ -19,6 +19,7 @@ from benchmarks.report.drawing import (
     as_png,
     bare_bars,
     end_labels,
+    log_ticks,
     look_of,
     new_figure,
     open_frame,
@@ -35,7 +36,7 @@ from dpo_engine.memory.step import StepSettings, step_parts
 
 PLANNED = ("mistral-7b", "llama-3.1-8b")
 CARDS = (12, 16, 24)  # GB
-LENGTHS = (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+LENGTHS = tuple(sorted({2**n * k // 4 for n in range(9, 14) for k in range(4, 9)}))  # 512 to 16384
 NOT_MEASURED = f"measured: not measured on any card yet; run: {gpu.COMMAND} PART=memory"
 
 
@@ -85,12 +86,14 @@ def _bars_over_floor(name: str, shape: tuple[Any, ...], cases: Mapping[str, Sequ
         axis.axvline(1.0, color="black", linewidth=1)
         bare_bars(axis, [title(of["implementation"]) for of in every], [is_ours(of["implementation"]) for of in every])
         axis.set_xlim(0, 1.22 * longest)
-    axes[-1].set_xlabel("time as a multiple of the bare matrix products (line at 1); whiskers p20–p80")
+    figure.supxlabel("time as a multiple of the bare matrix products; whiskers p20–p80", fontsize=9.5)
+    floors = {ops.over_floor(of)[1] for every in shown.values() for of in every if _is_quoted(of)}
+    emulated = ", of float32 where bfloat16 is emulated" if "float32 floor" in floors else ""
     return Picture(
         name=name,
         png=as_png(figure),
         alt=f"Time as a multiple of the bare matrix products at {ops.shape_words(shape)}. {'. '.join(said)}.",
-        caption=f"Time against the floor at {ops.shape_words(shape)}: shorter is faster, 1 is the bare matrix products.",
+        caption=f"Time against the floor at {ops.shape_words(shape)}: shorter is faster, 1 is the bare matrix products{emulated}.",
         sources=sources_of([of for every in cases.values() for of in every]),
     )
 
@@ -108,7 +111,17 @@ def _bar_over_floor(axis: Any, place: int, of: Found) -> str:
     name = title(of["implementation"])
     if not _is_quoted(of):
         why = ops.remark(of) if of.is_measured else of.status
-        axis.text(0.03, place, short(why or "no floor", 64), va="center", fontsize=8, color=GREYS[1], style="italic")
+        axis.text(
+            0.03,
+            place,
+            short(why or "no floor", 64),
+            va="center",
+            fontsize=8,
+            color=GREYS[1],
+            style="italic",
+            backgroundcolor="white",
+            zorder=3,
+        )
         return f"{name}: {why or 'no floor'}"
     ratio, ours = _ratio(of), is_ours(of["implementation"])
     axis.barh(place, ratio["median"], height=0.68, color=ACCENT if ours else GREYS[2])
@@ -142,6 +155,7 @@ def memory_by_vocabulary(found: Sequence[Found]) -> list[Picture]:
         sizes = sorted({size for points in lines.values() for size, _ in points})
         axis.set_xticks(sizes, [thousands(size) for size in sizes])
         axis.set_xticks([], minor=True)
+        log_ticks(axis.yaxis)
         end_labels(axis, ends, max(sizes))
         axis.set_xlabel("vocabulary, words")
         axis.set_ylabel("MiB beyond inputs and results")
@@ -176,7 +190,7 @@ def pairs_per_second(found: Sequence[Found]) -> list[Picture]:
     axes = figure.subplots(len(runs), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     said = []
     for axis, (key, run) in zip(axes, runs.items(), strict=True):
-        axis.set_title(steps.run_words(key), loc="left", fontsize=9, fontweight="bold")
+        axis.set_title(f"{key[0]}: batch {key[3]}, max_length {key[4]}", loc="left", fontsize=9.5, fontweight="bold")
         longest, words = 0.0, []
         for place, of in enumerate(run):
             rate, ours = steps.speed(of), is_ours(of["implementation"])
@@ -191,7 +205,7 @@ def pairs_per_second(found: Sequence[Found]) -> list[Picture]:
         axis.set_xlim(0, 1.32 * longest)
         bare_bars(axis, [row_title(of["implementation"]) for of in run], [is_ours(of["implementation"]) for of in run])
         said.append(f"{key[0]}: {', '.join(words)}")
-    axes[-1].set_xlabel("pairs a second (in brackets: times TRL's best of the same run); whiskers p20–p80")
+    figure.supxlabel("pairs a second (× TRL's best of the same run); whiskers p20–p80", fontsize=9.5)
     return [
         Picture(
             name="steps",
@@ -228,9 +242,7 @@ def planned_memory(parts: Mapping[tuple[str, str], gpu.Part]) -> Picture:
             axis.annotate("measured", (record["length"], needed), (8, -12), textcoords="offset points", fontsize=9)
         said.append(f"measured on {card} at {record['length']} tokens: {needed:.1f} GiB")
     if not points:
-        axis.text(
-            0.5, 0.02, NOT_MEASURED, transform=axis.transAxes, fontsize=8.5, style="italic", ha="center", va="bottom"
-        )
+        axis.text(0.03, 0.03, NOT_MEASURED.replace("; ", ";\n"), transform=axis.transAxes, fontsize=8.5, style="italic")
         said.append(NOT_MEASURED)
     axis.set_xscale("log", base=2)
     ticks = [length for length in LENGTHS if length & (length - 1) == 0]
@@ -270,7 +282,7 @@ def _growth(case: str, every: Mapping[scale.Series, tuple[list[Found], Found | N
     if not lines:
         return None
     x_words, what = scale.CASES.get(case, ("x", case))
-    heading = what[0].upper() + what[1:]
+    heading = what if what.startswith("linear_") else what[0].upper() + what[1:]
     is_log = all(of["x"] > 0 and scale.value(of)[0] > 0 for points, _ in lines.values() for of in points)
     figure = new_figure(3.4, width=4.6)
     axis = figure.add_subplot()
@@ -294,7 +306,7 @@ def _growth(case: str, every: Mapping[scale.Series, tuple[list[Found], Found | N
         words = "slope not to be quoted"
         if fit is not None and not fit.unquotable and fit.is_measured:
             over = fit.get("over", "x")
-            words = f"slope {scale.slope_words(fit)}" + ("" if over == "x" else f" over {over.replace('_', ' ')}")
+            words = f"slope {scale.slope_words(fit)}" + ("" if over == "x" else " *")
             if is_log and over == "x":
                 inside_x = [x for x in seen if fit["x_from"] <= x <= fit["x_to"]]
                 line = power_through(inside_x, [seen[x][0] for x in inside_x], fit["slope"])
@@ -304,7 +316,7 @@ def _growth(case: str, every: Mapping[scale.Series, tuple[list[Found], Found | N
         label, height = f"{scale.name_of(key)}: {words}", 0.97 - 0.09 * place
         axis.text(0.08, height, label, transform=axis.transAxes, fontsize=8.5, va="top")
         axis.plot(0.04, height - 0.03, marker, color=colour, markersize=5.5, transform=axis.transAxes)
-        shown = ", ".join(f"{x:,g}: {value[0]:.3g} {value[3]}" for x, value in seen.items())
+        shown = ", ".join(f"{scale.size_words(x)}: {value[0]:.3g} {value[3]}" for x, value in seen.items())
         said.append(f"{label}; by {x_words}: {shown}")
     if is_log:
         axis.set_xscale("log")
@@ -316,6 +328,8 @@ def _growth(case: str, every: Mapping[scale.Series, tuple[list[Found], Found | N
     low, high = axis.get_ylim()
     room = 0.12 * len(lines)  # for the words above the points
     axis.set_ylim(low if is_log else 0, high * (high / low) ** (room / (1 - room)) if is_log else high / (1 - room))
+    if is_log:
+        log_ticks(axis.yaxis)
     axis.set_title(heading, loc="left", fontsize=10, fontweight="bold")
     axis.set_xlabel(x_words)
     unit = scale.value(next(iter(lines.values()))[0][0])[3]
@@ -323,12 +337,16 @@ def _growth(case: str, every: Mapping[scale.Series, tuple[list[Found], Found | N
     axis.grid(alpha=0.25, which="major")
     open_frame(axis)
     shown = "both axes logarithmic" if is_log else "plain axes"
+    others = [fit["over"] for _, fit in lines.values() if fit is not None and fit.get("over", "x") != "x"]
+    starred = f" * The slope is taken over {others[0].replace('_', ' ')}." if others else ""
     hollow = any(of.get("in_fit") is False for points, _ in lines.values() for of in points)
     return Picture(
         name=f"scale-{case}",
         png=as_png(figure),
         alt=f"{heading}. {'. '.join(said)}.",
-        caption=f"{heading}: medians with p20–p80, {shown}" + (", hollow points not in the fit." if hollow else "."),
+        caption=f"{heading}: medians with p20–p80, {shown}"
+        + (", hollow points not in the fit." if hollow else ".")
+        + starred,
         sources=sources_of([of for points, _ in lines.values() for of in points]),
         wide=False,
     )

@@ -49,6 +49,16 @@ def bare_bars(axis: Any, names: Sequence[str], ours: Sequence[bool]) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
+def log_ticks(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis, and more of them where it spans little. Its limits must be set."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
+
+
 def open_frame(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.memory_table import table as memory_table
 from benchmarks.report import ops
 from benchmarks.report.names import is_ours, title
-from benchmarks.report.results import EVERY_RECORD, GPU_PREFIX, Record, Source, grouped, read_file
+from benchmarks.report.results import EVERY_RECORD, GPU_PREFIX, Record, Source, age, grouped, read_file
 from benchmarks.report.tables import Row, Table, mebibytes, number
 
 PARTS = ("correctness", "ops", "train", "memory")
@@ -28,7 +28,7 @@ def newest_parts(folder: Path, only: Sequence[Path] | None = None) -> dict[tuple
     allowed = None if only is None else {path.resolve() for path in only}
     files = [path for path in folder.glob(f"*/*-{GPU_PREFIX}*.jsonl") if allowed is None or path.resolve() in allowed]
     newest: dict[tuple[str, str], Part] = {}
-    for _, _, source, records in sorted((read_file(path) for path in files), key=lambda found: found[:2]):
+    for _, _, source, records in sorted(map(read_file, files), key=age):
         part = source.benchmark.removeprefix(GPU_PREFIX)
         if part in PARTS:
             newest[(source.machine_words, part)] = (source, records)

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.report import cache, charts, gpu, memory, ops, scale, steps
 from benchmarks.report.charts import Picture
 from benchmarks.report.results import SUITES, Found, Results, Source, sources_of
-from benchmarks.report.tables import Table
+from benchmarks.report.tables import Table, trimmed
 from dpo_engine.errors import ConfigError
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -92,7 +92,7 @@ def sections(results: Results, parts: Mapping[tuple[str, str], gpu.Part]) -> lis
                 title=suite.title,
                 lead=suite.lead,
                 pictures=tuple(suite.pictures(found)),
-                tables=tuple(suite.tables(found)),
+                tables=tuple(map(trimmed, suite.tables(found))),
                 missing=None if found else f"dpo-engine bench {name}",
             )
         )
@@ -101,7 +101,7 @@ def sections(results: Results, parts: Mapping[tuple[str, str], gpu.Part]) -> lis
         title="On a GPU",
         lead="What a card can show: that the kernels are right on it, how fast they are, and what an 8B model takes.",
         pictures=(charts.planned_memory(parts),),
-        tables=tuple(gpu.tables(parts)),
+        tables=tuple(map(trimmed, gpu.tables(parts))),
         missing=None if parts else gpu.COMMAND,
     )
     return [*made, card]

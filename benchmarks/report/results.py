@@ -141,7 +141,7 @@ def read_machine(folder: Path, machine: str, *, only: Iterable[Path] | None = No
 
 def newest(files: Iterable[Path], machine: str = "") -> Results:
     """The newest records of every key among these files."""
-    read = sorted((read_file(path) for path in files), key=lambda found: found[:2])
+    read = sorted((read_file(path) for path in files), key=age)
     suites: dict[str, dict[tuple[Any, ...], Found]] = {name: {} for name in SUITES}
     passed_over = []
     for _, _, source, records in read:
@@ -197,6 +197,12 @@ def read_file(path: Path) -> tuple[str, int, Source, list[Record]]:
     return first["time"], _number(path), source, records
 
 
+def age(read: tuple[str, int, Source, list[Record]]) -> tuple[str, int, str]:
+    """Sorts what `read_file` gave, the newest last."""
+    time, number, source, _ = read
+    return time, number, source.file
+
+
 def _number(path: Path) -> int:
     """Which of its day's runs a file is: `2026-11-21-ops-12.jsonl` is the 12th."""
     ending = re.search(r"-(\d+)\.jsonl$", path.name)
@@ -245,4 +251,4 @@ def tracked(folder: Path) -> list[Path] | None:
 def sources_of(found: Iterable[Found]) -> tuple[Source, ...]:
     """The files that these are from, each once, the newest first."""
     every = {of.source.file: of.source for of in found}
-    return tuple(sorted(every.values(), key=lambda source: source.time, reverse=True))
+    return tuple(sorted(every.values(), key=lambda source: (source.time, source.file), reverse=True))

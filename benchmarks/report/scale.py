@@ -36,11 +36,12 @@ def series(found: Sequence[Found]) -> dict[Series, tuple[list[Found], Found | No
     groups: dict[Series, tuple[list[Found], list[Found]]] = {}
     for of in found:
         groups.setdefault((of["case"], of["implementation"]), ([], []))[of["kind"] == "fit"].append(of)
-    names = list(CASES)
+    cases, names = list(CASES), list(NAMES)
 
     def place(item: tuple[Series, Any]) -> tuple[Any, ...]:
-        case, implementation = item[0]
-        return (names.index(case) if case in CASES else len(names), case, implementation)
+        case, name = item[0]
+        known = (cases.index(case) if case in cases else len(cases), names.index(name) if name in names else len(names))
+        return (known[0], case, known[1], name)
 
     return {
         key: (sorted(points, key=lambda of: of.get("x") or 0), fits[-1] if fits else None)
@@ -119,7 +120,13 @@ def range_words(fit: Found) -> str:
     if fit.get("x_from") is None:
         return NOTHING
     over = fit.get("over", "x")
-    return f"{fit['x_from']:,.4g}–{fit['x_to']:,.4g}" + ("" if over == "x" else f", {over.replace('_', ' ')}")
+    return f"{size_words(fit['x_from'])}–{size_words(fit['x_to'])}" + (
+        "" if over == "x" else f", {over.replace('_', ' ')}"
+    )
+
+
+def size_words(x: float) -> str:
+    return f"{x:,.0f}" if float(x).is_integer() else f"{x:.3g}"
 
 
 def claim_words(fit: Found) -> str:
@@ -149,7 +156,7 @@ def _point_row(key: Series, of: Found) -> Row:
         ["not in the fit"] * (of.get("in_fit") is False)
         + ([f"not to be quoted: {of.unquotable}"] if of.unquotable else [])
     )
-    cells = (name_of(key), f"{of['x']:,g}", f"{middle:.4g}", f"{low:.4g}–{high:.4g}", unit, str(of["rounds"]), said)
+    cells = (name_of(key), size_words(of["x"]), f"{middle:.4g}", f"{low:.4g}–{high:.4g}", unit, str(of["rounds"]), said)
     return Row(cells=cells, ours=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.harness import quantile
 from benchmarks.report.results import Source
@@ -34,6 +34,17 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     sources: tuple[Source, ...] = ()
+
+
+def trimmed(table: Table) -> Table:
+    """The same without the columns in which no row has anything."""
+    kept = [
+        column
+        for column in range(len(table.header))
+        if column == 0 or any(row.why is None and row.cells[column] not in ("", NOTHING) for row in table.rows)
+    ]
+    rows = [row if row.why else replace(row, cells=tuple(row.cells[column] for column in kept)) for row in table.rows]
+    return replace(table, header=tuple(table.header[column] for column in kept), rows=tuple(rows))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
