@@ -149,6 +149,8 @@ def ratios(found: Sequence[Found]) -> dict[tuple[str, ...], tuple[float, str]]:
     """`(what, implementation, ...)` -> MiB that two runs may be compared by."""
     figures = {}
     for of in found:
+        if of.unquotable:
+            continue
         name = (title if of["case"] == VOCABULARY else row_title)(of["implementation"])
         if of["case"] == VOCABULARY and extra(of) is not None:
             words = settings_words(tuple(of.get(key) for key in SETTINGS))
