@@ -24,12 +24,12 @@ from benchmarks.report.drawing import (
     new_figure,
     open_frame,
     power_through,
-    short,
     thousands,
     whisker,
 )
 from benchmarks.report.names import is_ours, row_title, title
 from benchmarks.report.results import Found, Source, sources_of
+from benchmarks.report.tables import short
 from dpo_engine.memory.cards import read_card
 from dpo_engine.memory.shapes import shipped_shape
 from dpo_engine.memory.step import StepSettings, step_parts

@@ -115,7 +115,3 @@ def thousands(value: float) -> str:
         if value >= 10_000
         else f"{value:g}"
     )
-
-
-def short(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.memory_table import table as memory_table
 from benchmarks.report import ops
 from benchmarks.report.names import is_ours, title
-from benchmarks.report.results import EVERY_RECORD, GPU_PREFIX, Record, Source, age, grouped, read_file
+from benchmarks.report.results import GPU_PREFIX, Record, Source, age, grouped, missing_fields, read_file
 from benchmarks.report.tables import Row, Table, mebibytes, number
 
 PARTS = ("correctness", "ops", "train", "memory")
@@ -45,8 +45,7 @@ def tables(parts: Mapping[tuple[str, str], Part]) -> list[Table]:
         steps = [record for record in records if "step" in record]
         rows = [record for record in records if "step" not in record]
         if part == "ops":
-            whole = [record for record in rows if all(name in record for name in EVERY_RECORD)]
-            made += ops.tables(list(grouped(whole, source).values()))
+            made += ops.tables([] if missing_fields(rows) else list(grouped(rows, source).values()))
         elif part == "correctness":
             made += makers[part](card, source, steps)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.report.names import is_ours, order, title
 from benchmarks.report.results import Found, sources_of
-from benchmarks.report.tables import NOTHING, Row, Table, markdown, mebibytes, number, once, spread
+from benchmarks.report.tables import NOTHING, Row, Table, counted, markdown, mebibytes, number, once, short, spread
 
 CASES = {
     "no_gradient": "no gradient",
@@ -41,7 +41,7 @@ def by_case(found: Sequence[Found], shape: tuple[Any, ...]) -> dict[str, list[Fo
 
 def shape_words(shape: tuple[Any, ...]) -> str:
     rows, hidden, vocabulary, dtype, device, threads = shape
-    return f"N={rows}, D={hidden}, V={vocabulary}, {dtype}, {device}, {threads} threads"
+    return f"N={rows}, D={hidden}, V={vocabulary}, {dtype}, {device}, {counted(threads, 'thread')}"
 
 
 def over_floor(of: Found) -> tuple[Mapping[str, float] | None, str]:
@@ -62,23 +62,28 @@ def _table(case: str, found: Sequence[Found]) -> Table:
     shape = tuple(found[0][name] for name in SHAPE)
     header = ("", "median ms", "p20–p80", "× floor", "log-prob error", "of bound", "loss error", "d_hidden", "d_weight")
     header += ("extra MiB", "remark")
-    rows = tuple(_row(of, len(header)) for of in found)
+    rows = [_row(of) for of in found if not of.status.startswith("n/a")]
+    absent: dict[str, list[str]] = {}
+    for of in found:
+        if of.status.startswith("n/a"):
+            absent.setdefault(of.status, []).append(title(of["implementation"]))
+    rows += [Row(cells=("; ".join(names),), why=why) for why, names in absent.items()]
     notes = [f"{title(of['implementation'])}: {of['note']}" for of in found if of.get("note") and of.is_measured]
     if any(of.is_measured and over_floor(of)[1] != "floor" and over_floor(of)[0] for of in found):
         notes.append(
             "Here bfloat16 is emulated: where its floor was not measured, ratios are to the same products in float32."
         )
-    of = products(found)
+    floor = products(found)
     return Table(
-        title=f"{CASES.get(case, case)}: {shape_words(shape)}" + (f"; floor: {of}" if of else ""),
+        title=f"{CASES.get(case, case)}: {shape_words(shape)}" + (f"; floor: {floor}" if floor else ""),
         header=header,
-        rows=rows,
+        rows=tuple(rows),
         notes=once(notes),
         sources=sources_of(found),
     )
 
 
-def _row(of: Found, width: int) -> Row:
+def _row(of: Found) -> Row:
     name = of["implementation"]
     if not of.is_measured:
         return Row(cells=(title(name),), why=of.status, ours=is_ours(name))
@@ -97,7 +102,6 @@ def _row(of: Found, width: int) -> Row:
         mebibytes(memory.get("extra_mb", memory.get("status"))),
         remark(of),
     )
-    assert len(cells) == width
     return Row(cells=cells, ours=is_ours(name), wrong=of.wrong is not None)
 
 
@@ -142,7 +146,11 @@ def block(found: Sequence[Found]) -> tuple[str, Sequence[Found]]:
         for of in used
         if of.is_measured and remark(of)
     ]
-    absent = [f"{title(name)} ({next(iter(by_name[name].values())).status})" for name in names if name not in there]
+    reasons: dict[str, list[str]] = {}
+    for name in names:
+        if name not in there:
+            reasons.setdefault(next(iter(by_name[name].values())).status, []).append(title(name))
+    absent = [f"{'; '.join(every)} ({short(why, 80)})" for why, every in reasons.items()]
     lines += [f"{line}." for line in marked]
     lines += [f"Not in the table: {', '.join(absent)}."] if absent else []
     return "\n".join(lines).rstrip("\n"), used

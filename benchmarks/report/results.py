@@ -26,7 +26,8 @@ Record = Mapping[str, Any]
 
 SUITES = ("ops", "steps", "memory", "cache", "scale")
 EVERY_RECORD = ("case", "implementation", "dtype", "status", "threads", "rounds", "unquotable")
-"""Fields of every record of a suite. A record without one is of an older form, and is passed over."""
+"""Fields of every measured record of a suite. A file with one that lacks any is of an older form, and is passed over."""
+WHO = ("case", "implementation", "status")
 KEY = (
     *("case", "implementation", "kind", "dtype", "device", "threads", "model", "rows", "hidden", "vocabulary"),
     *("batch", "max_length", "optim", "data", "layout", "beta", "x"),
@@ -104,7 +105,7 @@ class Found:
     @property
     def unquotable(self) -> str | None:
         """Why no ratio of it is to be printed; None if one may be, be it of some of its rounds only."""
-        reasons = [record["unquotable"] for record in self.records]
+        reasons = [record.get("unquotable") for record in self.records]
         return str(reasons[0]) if all(reasons) else None
 
     @property
@@ -149,13 +150,22 @@ def newest(files: Iterable[Path], machine: str = "") -> Results:
             if not source.benchmark.startswith(GPU_PREFIX):
                 passed_over.append(f"{source.file}: of the benchmark {source.benchmark}, which is no suite")
             continue
-        missing = [name for name in EVERY_RECORD if any(name not in record for record in records)]
+        missing = missing_fields(records)
         if missing:
             passed_over.append(f"{source.file}: of an older form, without {', '.join(missing)}")
             continue
         suites[source.benchmark].update(grouped(records, source))
     found = {name: list(of.values()) for name, of in suites.items() if of}
     return Results(machine=machine, suites=found, passed_over=tuple(passed_over))
+
+
+def missing_fields(records: Sequence[Record]) -> list[str]:
+    """What the records of a suite should have and do not; of what was not measured, only who and why is asked."""
+    found = {
+        name: any(name not in record for record in records if record.get("status") == "measured" or name in WHO)
+        for name in EVERY_RECORD
+    }
+    return [name for name, is_missing in found.items() if is_missing]
 
 
 def grouped(records: Sequence[Record], source: Source) -> dict[tuple[Any, ...], Found]:

@@ -120,9 +120,8 @@ def range_words(fit: Found) -> str:
     if fit.get("x_from") is None:
         return NOTHING
     over = fit.get("over", "x")
-    return f"{size_words(fit['x_from'])}–{size_words(fit['x_to'])}" + (
-        "" if over == "x" else f", {over.replace('_', ' ')}"
-    )
+    low, high = sorted((fit["x_from"], fit["x_to"]))
+    return f"{size_words(low)}–{size_words(high)}" + ("" if over == "x" else f", {over.replace('_', ' ')}")
 
 
 def size_words(x: float) -> str:

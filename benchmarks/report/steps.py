@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.report.names import is_ours, row_order, row_title
 from benchmarks.report.results import Found, sources_of
-from benchmarks.report.tables import NOTHING, Row, Table, markdown, mebibytes, number, once, quantiles, spread
+from benchmarks.report.tables import NOTHING, Row, Table, counted, markdown, mebibytes, number, once, quantiles, spread
 
 BASES = ("trl_best", "trl_accumulated")
 """The faster of these is "TRL's best", which speeds and memory are multiples of."""
@@ -57,7 +57,7 @@ def by_run(found: Sequence[Found]) -> dict[Key, list[Found]]:
 
 def run_words(key: Key) -> str:
     case, dtype, threads, batch, max_length, model = key
-    words = f"{case}: batch {batch}, max_length {max_length}, {dtype}, {threads} threads"
+    words = f"{case}: batch {batch}, max_length {max_length}, {dtype}, {counted(threads, 'thread')}"
     return f"{words}, {model}" if model else words
 
 
@@ -139,7 +139,7 @@ def _quiet(of: Found) -> dict[int, float]:
     return {
         record.get("round", number_): record["pairs_per_s"]
         for number_, record in enumerate(of.records)
-        if not record["unquotable"] and record.get("pairs_per_s")
+        if not record.get("unquotable") and record.get("pairs_per_s")
     }
 
 

@@ -80,6 +80,16 @@ def mebibytes(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.1f}"
 
 
+def counted(count: object, noun: str) -> str:
+    """As `2 threads`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def short(text: str, width: int) -> str:
+    """`text` cut to so many letters."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 def once(lines: Sequence[str]) -> tuple[str, ...]:
     """Each line once, in order."""
     return tuple(dict.fromkeys(lines))
