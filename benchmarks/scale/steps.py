@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,8 @@ class _Run:
         data = pair_data([pair for pairs in by_value.values() for pair in pairs])
         layout = LAYOUT[name]
         costs = [tree_cost(tree, layout) for tree in data.trees]
-        starts = [sum(map(len, list(by_value.values())[:place])) for place in range(len(by_value) + 1)]
-        self.batches = [list(range(*span)) for span in zip(starts, starts[1:], strict=False)]
+        starts = accumulate(map(len, by_value.values()), initial=0)
+        self.batches = [list(range(*span)) for span in pairwise(starts)]
         self.expected = [sum(costs[index] for index in batch) for batch in self.batches]
         self.budget = max(costs) if fixed["forest_tokens"] == "pair" else max(self.expected)
         if isinstance(fixed["forest_tokens"], int):
