@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import smoke
 from benchmarks.harness import add_suite_options, describe_machine, quantile, rounds_of, save, table
 from benchmarks.memory import step, vocabulary
 from benchmarks.ops.implementations import IMPLEMENTATIONS
@@ -28,7 +29,6 @@ from benchmarks.ops.implementations import IMPLEMENTATIONS
 Record = dict[str, Any]
 CASES = ("vocabulary", "step")
 SMOKE_ONLY = {"vocabulary": ("engine tiled", "naive"), "step": ("engine_naive", "engine_shared")}
-SMOKE = "smoke: sizes so small that no figure means anything"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 records += measure(name, only, args)
     finally:  # what was measured before somebody lost patience is kept
         if args.smoke:
-            records = [{**record, "unquotable": record["unquotable"] or SMOKE} for record in records]
+            records = [{**record, "unquotable": record["unquotable"] or smoke.WHY} for record in records]
         if records:
             print(show(records))
         save("memory", records, args, describe_machine())

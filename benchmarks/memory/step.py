@@ -5,7 +5,6 @@ processes of its own, and beside the engine's what its planner says.
 from __future__ import annotations
 
 import json
-import random
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, OverLimit, last_json, run_watched
 from benchmarks.memory.vocabulary import HONEST
+from benchmarks.smoke import tiny_model, tiny_pairs
 from benchmarks.steps.rows import missing_packages, read_pairs
 
 Record = dict[str, Any]
@@ -82,23 +82,9 @@ def real_job(model: str, data: Path, *, pairs: int, batch: int, max_length: int,
 
 
 def smoke_job(folder: Path, threads: int) -> Job:
-    """A random Llama of a few thousand parameters, with a tokenizer of two words, and random pairs."""
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    sizes = {"vocab_size": 199, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0, eos_token_id=1)).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    draw = random.Random(0)
-
-    def ids() -> list[int]:
-        return [draw.randrange(2, 199) for _ in range(draw.randint(3, 12))]
-
-    pairs = [{"prompt_ids": ids(), "chosen_ids": ids(), "rejected_ids": ids()} for _ in range(4)]
-    named = {"model": "random", "model_path": str(folder), "data": "random"}
-    return Job(**named, pairs=pairs, batch=2, max_length=64, lora_r=4, threads=threads)
+    """A random model, which is put into `folder`, and random pairs."""
+    named = {"model": "random", "model_path": str(tiny_model(folder)), "data": "random"}
+    return Job(**named, pairs=tiny_pairs(4), batch=2, max_length=64, lora_r=4, threads=threads)
 
 
 def measure(job: Job, only: Sequence[str], rounds: int, limit_s: float) -> list[Record]:

@@ -146,7 +146,7 @@ CASES = {
             fixed={"model": TINY_MODEL, "forest_tokens": 512, "longest": 6},
             module="cache_rows",
             claim=SameEach(text="a row of 100 000 costs within 10 % of one of 10 000", bound=0.10),
-            most_rounds=1,
+            most_rounds=2,
             smoke_values=(30, 60, 120),
         ),
     )

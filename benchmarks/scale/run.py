@@ -22,9 +22,9 @@ from benchmarks.harness import Timing, add_suite_options, describe_machine, roun
 from benchmarks.scale.cases import CASES, Case
 from benchmarks.scale.fit import fit
 from benchmarks.scale.series import Point, Series
+from benchmarks.smoke import WHY
 
 Record = dict[str, Any]
-SMOKE = "smoke: sizes so small that no slope means anything"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def measure(case: Case, rounds: int, threads: int, *, smoke: bool) -> list[Recor
         if series.fit_over is not None:
             records.append(fit_record(common, case, series))
     if smoke:
-        records = [{**record, "unquotable": record["unquotable"] or SMOKE} for record in records]
+        records = [{**record, "unquotable": record["unquotable"] or WHY} for record in records]
     return records
 
 
@@ -104,7 +104,8 @@ def fit_record(common: Record, case: Case, series: Series) -> Record:
     return record | {
         "claim": claim.text,
         "holds": wrong is None and claim.holds(sizes, timings),
-        "unquotable": wrong or claim.untold(fitted),
+        "claimed": claim.figure(sizes, [timing.median for timing in timings]),
+        "unquotable": wrong or claim.untold(sizes, timings),
     }
 
 
