@@ -164,8 +164,8 @@ def test_a_row_that_breaks_reads_why_and_is_not_tried_again(tmp_path: Path) -> N
 def test_the_table_shows_what_was_planned_and_what_was_not_measured() -> None:
     parts = {"weights": 500.0, "adapters": 20.0, "forward": 700.0, "backward": 800.0, "optimizer": 60.0}
     measured = {
-        "case": "step", "implementation": "engine_shared", "status": "measured", "model": "m", "data": "d", "batch": 8, "lora_r": 16,
-        "parts": parts, "stays": parts, "peak_rss_mb": 1900.0, "largest_forward_tokens": 480,
+        "case": "step", "implementation": "engine_shared", "status": "measured", "model": "m", "data": "d", "batch": 8,
+        "lora_r": 16, "parts": parts, "stays": parts, "peak_rss_mb": 1900.0, "largest_forward_tokens": 480,
         "planned": {"weights": 513.2, "adapters": 18.6, "step": 777.7, "optimizer": 37.3},
     }  # fmt: skip
     text = run.show([measured, {"case": "step", "implementation": "trl_best", "status": "n/a: trl not installed"}])
