@@ -5,6 +5,7 @@
 # make test WORKERS=4            processes that share the tests; default: 2
 # make bench BENCH_ARGS='ops --rounds 3'   one suite; DATA_DIR=FOLDER adds training steps on the data sets in it
 # make gpu PART=ops              a part of the checks on a card: correctness, ops, train or memory; default: all
+# make bench-save PYTEST_ARGS='-k tiled' those calls only; `make bench-compare` takes the same
 # make integrations TRL=1.16     one release beside which the integrations are held; default: all
 # pip's own settings (PIP_INDEX_URL, pip.conf, ...) are respected.
 
@@ -32,10 +33,10 @@ SHARED_OUT = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL = quiet=--quiet; [ -t 1 ] && quiet=; $(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench gpu integrations lint format clean
+.PHONY: help demo test test-all bench bench-save bench-compare gpu integrations lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed  ## train a real 135M model with DPO on the example pairs, and show that it worked
 	$(BIN)/dpo-engine train examples/demo.yaml
@@ -49,6 +50,15 @@ test-all: $(VENV)/.installed-dev  ## run every test that needs no GPU
 bench: $(VENV)/.installed-dev  ## measure everything here (about an hour on two quiet cores), then draw it
 	DATA_DIR='$(DATA_DIR)' $(BIN)/dpo-engine bench $(BENCH_ARGS)
 	$(if $(findstring --smoke,$(BENCH_ARGS)),,$(BIN)/dpo-engine bench report)
+
+# Without the tests' own options: those switch pytest-benchmark off, and its figures are of one process.
+REGRESSION = $(BIN)/python -m pytest benchmarks/regression -p no:xdist -o addopts= -m "not slow" $(PYTEST_ARGS)
+
+bench-save: $(VENV)/.installed-dev  ## time small calls of the operator and keep the figures in .benchmarks/
+	$(REGRESSION) --benchmark-autosave
+
+bench-compare: $(VENV)/.installed-dev  ## time them again beside the figures that were kept last
+	$(REGRESSION) --benchmark-compare
 
 # For machines that have torch, Triton and pytest already and perhaps no network: nothing is installed, .venv is not used.
 gpu:  ## on a machine with an NVIDIA GPU: its checks and timings, by $(PYTHON) as it is

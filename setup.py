@@ -45,6 +45,8 @@ EXTRAS = {
         "mypy>=1.15",
         "pre-commit>=4.0",
         "pytest>=8.3",
+        # For benchmarks/regression.
+        "pytest-benchmark>=5.1",
         "pytest-xdist>=3.7",
         "ruff>=0.11",
         "setuptools>=77",

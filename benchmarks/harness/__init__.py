@@ -23,11 +23,13 @@ from benchmarks.harness.process import (
     run_watched,
 )
 from benchmarks.harness.results import RESULTS, SCHEMA, write_results
+from benchmarks.harness.suite import NOISY, add_suite_options, rounds_of, save, too_noisy
 from benchmarks.harness.tables import table
 from benchmarks.harness.timing import Timing, first_calls, one_line, quantile, time_alternating
 
 __all__ = [
     "COMMIT_VARIABLE",
+    "NOISY",
     "PACKAGES",
     "RESULTS",
     "ROOT",
@@ -36,6 +38,7 @@ __all__ = [
     "Neighbours",
     "OverLimit",
     "Timing",
+    "add_suite_options",
     "commit",
     "describe_gpu",
     "describe_machine",
@@ -46,9 +49,12 @@ __all__ = [
     "one_line",
     "quantile",
     "reset_peak_rss",
+    "rounds_of",
     "rss_mb",
     "run_watched",
+    "save",
     "table",
     "time_alternating",
+    "too_noisy",
     "write_results",
 ]

@@ -12,7 +12,7 @@ import ctypes
 import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 import torch
@@ -24,14 +24,19 @@ from benchmarks.ops.implementations import IMPLEMENTATIONS
 MIB = 2**20
 
 
-def in_fresh_process(name: str, case: Case, shape: Shape, threads: int) -> dict[str, float]:
+def in_fresh_process(
+    name: str, case: Case, shape: Shape, threads: int, env: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """`probe` in a process of its own.
+
+    Args:
+        env: added to its environment.
 
     Raises:
         RuntimeError: the process failed.
     """
     asked = json.dumps({"name": name, "case": case.name, "shape": asdict(shape), "threads": threads})
-    return last_json(run_watched([sys.executable, "-m", "benchmarks.ops.memory", asked]).stdout)
+    return last_json(run_watched([sys.executable, "-m", "benchmarks.ops.memory", asked], env=env).stdout)
 
 
 def probe(name: str, case: Case, shape: Shape) -> dict[str, float]:

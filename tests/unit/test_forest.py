@@ -12,9 +12,11 @@ from dpo_engine.batch import (
     PreferenceForest,
     build_forest,
     pack_trees,
+    packed_cost,
     sum_by_completion,
     tree_cost,
 )
+from dpo_engine.batch.packing import is_long
 from dpo_engine.data import TokenizedTree
 
 
@@ -154,6 +156,54 @@ def test_packing_keeps_every_tree_once_and_every_forest_within_the_budget(layout
     for members in forests:
         assert build_forest(members, layout).tokens <= 300
     assert len(forests) < len(trees) / 2
+
+
+def lengths_of_trees(count: int, most: int) -> list[TokenizedTree]:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(1, most, (count, 3), generator=generator).tolist()
+    return [tree([1] * p, [2] * a, [3] * b) for p, a, b in drawn]
+
+
+@pytest.mark.parametrize("longest", [None, 30])
+def test_each_tree_goes_into_the_first_forest_with_room_the_largest_first(longest: int | None) -> None:
+    trees = lengths_of_trees(300, 25)
+    by_definition: list[tuple[int, list[TokenizedTree]]] = []  # (room, members)
+    for member in sorted(trees, key=lambda t: packed_cost(t, "shared", longest), reverse=True):
+        cost = packed_cost(member, "shared", longest)
+        alone = is_long(member, longest)
+        place = next((i for i, (room, _) in enumerate(by_definition) if room >= cost and not alone), None)
+        if place is None:
+            by_definition.append((0 if alone else 200 - cost, [member]))
+        else:
+            room, members = by_definition[place]
+            by_definition[place] = (room - cost, [*members, member])
+    found = pack_trees(trees, 200, "shared", longest)
+    assert [list(map(id, members)) for members in found] == [list(map(id, members)) for _, members in by_definition]
+
+
+class CountedRoom(int):
+    """Tokens that are left in a forest; counts how often that is asked."""
+
+    asked = 0
+
+    def __sub__(self, cost: int) -> "CountedRoom":
+        return CountedRoom(int(self) - cost)
+
+    def __lt__(self, cost: int) -> bool:
+        CountedRoom.asked += 1
+        return int(self) < cost
+
+    def __ge__(self, cost: int) -> bool:
+        return not self < cost
+
+
+def test_ten_times_the_trees_take_ten_times_the_looking() -> None:
+    asked = []
+    for count in (400, 4000):
+        CountedRoom.asked = 0
+        pack_trees(lengths_of_trees(count, 5), CountedRoom(64))
+        asked.append(CountedRoom.asked)
+    assert asked[1] < 12 * asked[0]  # looking at every forest for every tree: 90 times
 
 
 def test_a_tree_over_the_budget_is_refused_with_both_numbers() -> None:
