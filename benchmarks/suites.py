@@ -43,8 +43,8 @@ SUITES: Mapping[str, Suite] = {
     "memory": Suite(
         question="How much memory does a call take as the vocabulary grows, and a training step by part?",
         module="benchmarks.memory",
-        cases="benchmarks.memory.table:CASES",
-        implementations="benchmarks.memory.table:IMPLEMENTATIONS",
+        cases="benchmarks.memory.run:CASES",
+        implementations="benchmarks.memory.run:EVERYBODY",
     ),
     "cache": Suite(
         question="What does the reference cache cost, and what does it save?",
@@ -55,8 +55,8 @@ SUITES: Mapping[str, Suite] = {
     "scale": Suite(
         question="How does cost grow with rows, widths, lengths, shared prompts, pairs and cached rows?",
         module="benchmarks.scale",
-        cases="benchmarks.scale.table:CASES",
-        implementations="benchmarks.scale.table:IMPLEMENTATIONS",
+        cases="benchmarks.scale.cases:CASES",
+        implementations="benchmarks.scale.cases:IMPLEMENTATIONS",
     ),
     "steps": Suite(
         question="How fast does the engine train beside TRL, one feature at a time, and in how much memory?",

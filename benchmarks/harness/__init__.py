@@ -23,13 +23,12 @@ from benchmarks.harness.process import (
     run_watched,
 )
 from benchmarks.harness.results import RESULTS, SCHEMA, write_results
-from benchmarks.harness.suite import NOISY, add_suite_options, rounds_of, save, too_noisy
+from benchmarks.harness.suite import add_suite_options, rounds_of, save
 from benchmarks.harness.tables import table
 from benchmarks.harness.timing import Timing, first_calls, one_line, quantile, time_alternating
 
 __all__ = [
     "COMMIT_VARIABLE",
-    "NOISY",
     "PACKAGES",
     "RESULTS",
     "ROOT",
@@ -55,6 +54,5 @@ __all__ = [
     "save",
     "table",
     "time_alternating",
-    "too_noisy",
     "write_results",
 ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, Neighbours, OverLimit, last_json, run_watched
+from benchmarks.smoke import WHY
 
 Record = dict[str, Any]
 
@@ -244,7 +245,7 @@ def run_here(name: str, job: Job) -> Record:
         return common | {"status": why}
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder, contextlib.redirect_stdout(io.StringIO()):
         found = importlib.import_module(row.module).run(specification(name, job, Path(folder)))
-    return {**common, **figures(found), "peak_rss_mb": None, "unquotable": "a smoke test: one process, tiny sizes"}
+    return {**common, **figures(found), "peak_rss_mb": None, "unquotable": WHY}
 
 
 def specification(name: str, job: Job, folder: Path) -> dict[str, Any]:

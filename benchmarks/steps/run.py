@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import RESULTS, ROOT, describe_machine, write_results
+from benchmarks.harness import ROOT, add_suite_options, describe_machine, rounds_of, save
 from benchmarks.steps.flops import gemm_tflops, model_flops
 from benchmarks.steps.rows import DATA_SETS, OTHER, ROWS, Job, Record, find_data, read_pairs, run_here, run_row
 from benchmarks.steps.tables import disagreements, speed_table, token_table
@@ -52,7 +52,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, help="pairs a step; default: by data set")
     made.add_argument("--max_length", type=int, help="default: by data set")
     made.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
-    made.add_argument("--rounds", type=int, default=2, help="over all rows of a data set; tables show medians")
     made.add_argument("--limit_s", type=float, default=1800.0, help="seconds after which a row is stopped")
     made.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     made.add_argument("--learning_rate", type=float, default=5e-6)
@@ -60,10 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--lora_r", type=int, default=16)
     made.add_argument("--lora_alpha", type=float, default=32.0)
     made.add_argument("--seed", type=int, default=42)
-    made.add_argument("--threads", type=int, default=describe_machine()["cores"])
-    made.add_argument("--no_save", action="store_true", help="print only")
-    made.add_argument("--smoke", action="store_true", help="tiny, in one process; saved in --folder only")
-    made.add_argument("--folder", type=Path, help="of result files; default: benchmarks/results")
+    add_suite_options(made, rounds=2)
     return made
 
 
@@ -166,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             made.error(str(error))
         try:
             for job in jobs:
-                records = measure(job, args.only, args.rounds, args.limit_s, here=args.smoke)
+                records = measure(job, args.only, 1 if args.smoke else rounds_of(args), args.limit_s, here=args.smoke)
                 text, agree = report(job, records)
                 print(f"{text}\n", flush=True)
                 kept += [{"model": Path(args.model).name, **record} for record in records] if agree else []
@@ -174,8 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:  # what was measured before somebody lost patience is kept
             if any(record["status"] == "measured" for record in kept):
                 print(token_table(kept))
-                if not args.no_save and (args.folder or not args.smoke):
-                    print(f"written to {write_results('steps', kept, machine=machine, folder=args.folder or RESULTS)}")
+                save("steps", kept, args, machine)
     return status
 
 
@@ -202,13 +197,13 @@ def data_jobs(args: argparse.Namespace) -> list[Job]:
 
 def smoke_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
     """Two steps of two pairs on a tiny random model."""
-    from benchmarks.steps.tiny import tiny_model, tiny_pairs
+    from benchmarks.smoke import tiny_model, tiny_pairs
 
-    args.model, args.rounds = "tiny", 1
+    args.model = "tiny"
     return [
         Job(
             case="tiny",
-            model_path=tiny_model(folder),
+            model_path=str(tiny_model(folder)),
             pairs=tiny_pairs(4),
             dtype="float32",
             batch=2,
