@@ -25,7 +25,7 @@ from benchmarks.harness.process import (
 from benchmarks.harness.results import RESULTS, SCHEMA, write_results
 from benchmarks.harness.suite import add_suite_options, rounds_of, save
 from benchmarks.harness.tables import table
-from benchmarks.harness.timing import Timing, first_calls, one_line, quantile, time_alternating
+from benchmarks.harness.timing import SPREAD, Timing, first_calls, one_line, quantile, time_alternating
 
 __all__ = [
     "COMMIT_VARIABLE",
@@ -33,6 +33,7 @@ __all__ = [
     "RESULTS",
     "ROOT",
     "SCHEMA",
+    "SPREAD",
     "Finished",
     "Neighbours",
     "OverLimit",

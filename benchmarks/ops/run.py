@@ -246,7 +246,7 @@ def _in_order(found: dict[str, Record]) -> list[tuple[str, Record]]:
 
 
 def _record(shape: Shape, case: str, name: str, figures: Record) -> Record:
-    return {"case": case, "implementation": name, **asdict(shape), **figures}
+    return {"case": case, "implementation": name, **asdict(shape), "rounds": 0, "unquotable": None, **figures}
 
 
 # ---- what a person reads ----

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.harness import SPREAD
 from benchmarks.report.names import is_ours, row_order, row_title
 from benchmarks.report.results import Found, sources_of
 from benchmarks.report.tables import NOTHING, Row, Table, counted, markdown, mebibytes, number, once, quantiles, spread
+from benchmarks.steps.rows import BASE
 
-BASES = ("trl_best", "trl_accumulated")
-"""The faster of these is "TRL's best", which speeds and memory are multiples of."""
-NOISY = 0.3
-"""Of its median: a ratio whose p20 and p80 lie further apart tells nothing."""
 RUN = ("case", "dtype", "threads", "batch", "max_length", "model")
 Key = tuple[Any, ...]
 
@@ -66,7 +64,7 @@ def base_of(of: Found, run: Sequence[Found]) -> Found | None:
     rates = {
         other: rate["median"]
         for other in run
-        if other["implementation"] in BASES and other.source.file == of.source.file and (rate := speed(other))
+        if other["implementation"] in BASE and other.source.file == of.source.file and (rate := speed(other))
     }
     return max(rates, key=lambda other: rates[other], default=None)
 
@@ -122,7 +120,7 @@ def why_no_ratio(of: Found, base: Found | None) -> str | None:
     ratio = _by_round(of, base)
     if ratio is None:
         return "no round in which neither was disturbed"
-    if ratio["p80"] - ratio["p20"] > NOISY * ratio["median"]:
+    if ratio["p80"] - ratio["p20"] > SPREAD * ratio["median"]:
         return f"too noisy to tell: the 20th and the 80th percentile are {ratio['p20']:.3g} and {ratio['p80']:.3g}"
     return None
 

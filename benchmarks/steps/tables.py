@@ -64,26 +64,36 @@ def best(middle: Mapping[str, Mapping[str, float]]) -> str | None:
 
 
 def times_best(records: Sequence[Record]) -> dict[str, Timing]:
-    """Row -> pairs/s as a multiple of TRL's best, round by round."""
+    """Row -> pairs/s as a multiple of TRL's best, over the rounds in which others disturbed neither; none, if there are none."""
     middle = medians(records)
     base = best(middle)
     if base is None:
         return {}
     speeds = {
-        name: {record["round"]: record["pairs_per_s"] for record in records if record["implementation"] == name}
+        name: {
+            record["round"]: record["pairs_per_s"]
+            for record in records
+            if record["implementation"] == name and not record.get("unquotable")
+        }
         for name in middle
     }
+    together = {name: [r for r in its if r in speeds[base]] for name, its in speeds.items()}
     return {
-        name: Timing(tuple(its[r] / speeds[base][r] for r in its if r in speeds[base])) for name, its in speeds.items()
+        name: Timing(tuple(speeds[name][r] / speeds[base][r] for r in rounds))
+        for name, rounds in together.items()
+        if rounds
     }
 
 
 def unquotable(records: Sequence[Record]) -> dict[str, str]:
-    """Row -> why no ratio of it is to be printed: others were at work in each of its rounds, or its rounds differ too much."""
+    """Row -> why no ratio of it is to be printed: there was no quiet round, or its rounds differ too much."""
+    ratios = times_best(records)
     found: dict[str, str] = {}
-    for name, ratio in times_best(records).items():
-        mine = [record.get("unquotable") for record in records if record["implementation"] == name]
-        why = next((why for why in mine if why), None) if all(mine) else ratio.why
+    for name in medians(records):
+        its = [record.get("unquotable") for record in records if record["implementation"] == name]
+        why = (
+            ratios[name].why if name in ratios else next((why for why in its if why), "no quiet round with TRL's best")
+        )
         if why:
             found[name] = why
     return found
@@ -91,8 +101,9 @@ def unquotable(records: Sequence[Record]) -> dict[str, str]:
 
 def speed_table(records: Sequence[Record], titles: Mapping[str, str]) -> str:
     """One data set: medians over the rounds, and as multiples of TRL's best of the same run."""
-    middle, ratios, refused = medians(records), times_best(records), unquotable(records)
+    middle, ratios = medians(records), times_best(records)
     base = best(middle)
+    refused = unquotable(records) if base else {}
     first = {record["implementation"]: record for record in reversed(records)}
     header = [
         "",
@@ -112,7 +123,7 @@ def speed_table(records: Sequence[Record], titles: Mapping[str, str]) -> str:
             lines.append(f"{titles[name]}: {next(of_it, 'not measured: one step, and the first is not timed')}")
             continue
         its = middle[name]
-        quoted = base is not None and name not in refused and base not in refused
+        quoted = name in ratios and name not in refused
         share = its["peak_rss_mb"] / middle[base]["peak_rss_mb"] if base and its["peak_rss_mb"] else None
         rows.append(
             (
