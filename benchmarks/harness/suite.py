@@ -43,5 +43,7 @@ def save(
 
 def too_noisy(timing: Timing) -> str | None:
     """Why a ratio of this time is not to be printed; None where nothing is against it."""
+    if len(timing.seconds) < 2:
+        return "one round: how noisy it was is not known"
     spread = (timing.p80 - timing.p20) / timing.median
     return f"noisy: p20 to p80 is {spread:.0%} of the median" if spread > NOISY else None
