@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,16 +117,22 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     Returns:
         Parts, what stays of them, levels, and the tokens of the largest forward that recorded gradients.
     """
+    with ExitStack() as stack:
+        return _run(spec, stack)
+
+
+def _run(spec: dict[str, Any], stack: ExitStack) -> dict[str, Any]:
     marks = Marks()
     make = {"engine": _engine, "trl": _trl}[spec["side"]]
-    trainer, embedding = make(spec, marks)
-    tokens = []
+    trainer, embedding = make(spec, marks, stack)
+    tokens: dict[int, int] = {}  # number of the forward -> what it computed, perhaps in several sheets
 
     def count(module: Any, inputs: tuple[Any, ...]) -> None:
         import torch
 
         if torch.is_grad_enabled():
-            tokens.append(inputs[0].numel())
+            number = len(marks.phases.get("backward", ()))
+            tokens[number] = tokens.get(number, 0) + inputs[0].numel()
 
     embedding.register_forward_pre_hook(count)
     watch(trainer, marks)
@@ -139,13 +145,13 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "stays": stays,
         "levels": marks.levels(),
         "peak_mb": round(marks.peak, 1),
-        "largest_forward_tokens": max(tokens),
+        "largest_forward_tokens": max(tokens.values()),
         "first_loss": first,
         "optimiser": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
     }
 
 
-def _engine(spec: dict[str, Any], marks: Marks) -> tuple[Any, Any]:
+def _engine(spec: dict[str, Any], marks: Marks, stack: ExitStack) -> tuple[Any, Any]:
     with marks.phase("imports"):
         import torch
 
@@ -174,7 +180,7 @@ def _engine(spec: dict[str, Any], marks: Marks) -> tuple[Any, Any]:
     return trainer, embedding
 
 
-def _trl(spec: dict[str, Any], marks: Marks) -> tuple[Any, Any]:
+def _trl(spec: dict[str, Any], marks: Marks, stack: ExitStack) -> tuple[Any, Any]:
     with marks.phase("imports"):
         import torch
         from datasets import Dataset
@@ -192,8 +198,7 @@ def _trl(spec: dict[str, Any], marks: Marks) -> tuple[Any, Any]:
             task_type="CAUSAL_LM", r=spec["lora_r"], lora_alpha=spec["lora_alpha"], target_modules="all-linear"
         )
         adapted = get_peft_model(model, lora)
-    patched = compaction(spec["compaction"])
-    patched.__enter__()  # until this process ends
+    stack.enter_context(compaction(spec["compaction"]))
     checkpointing = {} if spec["checkpointing"] is None else {"gradient_checkpointing": spec["checkpointing"]}
     trainer = TimedTrainer(
         model=adapted,

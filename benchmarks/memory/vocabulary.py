@@ -23,7 +23,7 @@ CASE = CASES["frozen"]
 SHARE, NOISE_MB = 0.10, 1.0
 CLAIM = "independent of V: largest less smallest at most 10 % of the smallest and 1 MiB"
 # glibc keeps what is freed, and counts it as resident, unless it was mapped by itself: so everything large is.
-HONEST = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+HONEST = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def measure(only: Sequence[str], threads: int, *, smoke: bool) -> list[Record]:

@@ -65,7 +65,7 @@ CASES = {
             # A row tile has 1024 rows: below, the weight is read for fewer rows than it could be.
             values=(256, 512, 1024, 2048, 4096, 8192, 16384),
             fitted_from=1024,
-            fixed={"hidden": 512, "vocabulary": 8192},
+            fixed={"hidden": 512, "vocabulary": 4096},
             module="operator",
             claim=LINEAR,
             smoke_values=(16, 32, 64),
