@@ -3,6 +3,7 @@
 # PYTHON=python3.12 make demo     another interpreter for .venv (3.10 to 3.13)
 # make test PYTEST_ARGS='-k head' arguments handed on to pytest; '-n 0' runs all in one process
 # make test WORKERS=4            processes that share the tests; default: 2
+# make bench BENCH_ARGS='ops --rounds 3'   one suite; DATA_DIR=FOLDER adds training steps on the data sets in it
 # make gpu PART=ops              a part of the checks on a card: correctness, ops, train or memory; default: all
 # make bench-save PYTEST_ARGS='-k tiled' those calls only; `make bench-compare` takes the same
 # make integrations TRL=1.16     one release beside which the integrations are held; default: all
@@ -17,6 +18,8 @@ PART ?=
 TRL ?=
 INTEGRATIONS_ARGS ?=
 GPU_ARGS ?=
+BENCH_ARGS ?=
+DATA_DIR ?=
 
 SETUP_FILES := setup.py pyproject.toml constraints.txt
 RUN_EXTRAS := train,demo,report
@@ -30,7 +33,7 @@ SHARED_OUT = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL = quiet=--quiet; [ -t 1 ] && quiet=; $(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench-save bench-compare gpu integrations lint format clean
+.PHONY: help demo test test-all bench bench-save bench-compare gpu integrations lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +46,10 @@ test: $(VENV)/.installed-dev  ## run the tests, without those marked slow or gpu
 
 test-all: $(VENV)/.installed-dev  ## run every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-dev  ## measure everything here (about an hour on two quiet cores), then draw it
+	DATA_DIR='$(DATA_DIR)' $(BIN)/dpo-engine bench $(BENCH_ARGS)
+	$(if $(findstring --smoke,$(BENCH_ARGS)),,$(BIN)/dpo-engine bench report)
 
 # Without the tests' own options: those switch pytest-benchmark off, and its figures are of one process.
 REGRESSION = $(BIN)/python -m pytest benchmarks/regression -p no:xdist -o addopts= -m "not slow" $(PYTEST_ARGS)

@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.harness import (
     ROOT,
+    Neighbours,
     Timing,
     add_suite_options,
     describe_machine,
@@ -34,11 +35,11 @@ from benchmarks.harness import (
     save,
     table,
     time_alternating,
-    too_noisy,
 )
 from benchmarks.smoke import WHY, tiny_model, tiny_pairs
 
 CASES = ("store", "build", "sweep")
+IMPLEMENTATIONS = ("engine",)
 BETAS = (0.05, 0.1, 0.2, 0.5)
 BATCH = 64
 DATA = ROOT / "examples" / "concise_train.jsonl"
@@ -162,8 +163,9 @@ def measure_store(folder: Path, data: Any, trainer: MakeTrainer, rows: int, pair
         if missing:
             wrong.append(f"wrong: {len(missing)} rows that were written were not found")
 
+    neighbours = Neighbours(repeats=rounds)
     write(0)  # there is something to read, whichever comes first
-    timings = time_alternating({"write": write, "read": read}, rounds=rounds)
+    timings = time_alternating({"write": write, "read": read}, rounds=rounds, neighbours=neighbours)
     values = ReferenceValues(trees)
     look_up(values, ReferenceStore(place, space), range(len(trees)))
     if [logps.numpy().tobytes() for tree in range(len(trees)) for logps in values.logps(tree)] != written:
@@ -179,7 +181,7 @@ def measure_store(folder: Path, data: Any, trainer: MakeTrainer, rows: int, pair
             "rows_per_s_read": round(len(trees) / timings["read"].median),
             "bytes_per_token": round(bytes_used / tokens, 3),
             "bytes_per_entry_over_values": round((bytes_used - 4 * tokens) / len(entries), 1),
-            "unquotable": next(iter(wrong), None) or too_noisy(timings["read"]) or too_noisy(timings["write"]),
+            "unquotable": next(iter(wrong), None) or neighbours.why or timings["read"].why or timings["write"].why,
         }
     ]
 
@@ -209,7 +211,8 @@ def measure_build(folder: Path, data: Any, trainer: MakeTrainer, rows: int, pair
         if filled.computed != len(some):
             wrong.append(f"wrong: {filled.computed} of {len(some)} rows were computed")
 
-    timings = time_alternating({"bare forward": bare, "build": build}, rounds=rounds)
+    neighbours = Neighbours(repeats=rounds)
+    timings = time_alternating({"bare forward": bare, "build": build}, rounds=rounds, neighbours=neighbours)
     ratio = timings["build"].over(timings["bare forward"])
     begin = time.perf_counter()
     again = trainer(some, folder)
@@ -232,7 +235,7 @@ def measure_build(folder: Path, data: Any, trainer: MakeTrainer, rows: int, pair
             },
             "weights_read_s": round(opened, 2),
             "start_of_a_run_s": round(made, 2),
-            "unquotable": next(iter(wrong), None) or too_noisy(ratio),
+            "unquotable": next(iter(wrong), None) or neighbours.why or ratio.why,
         }
     ]
 
@@ -243,7 +246,9 @@ def measure_sweep(folder: Path, data: Any, trainer: MakeTrainer, rows: int, pair
     seconds: dict[float, list[float]] = {beta: [] for beta in BETAS}
     found: dict[float, Record] = {}
     wrong: dict[float, str] = {}
+    neighbours = Neighbours()
     for _ in range(rounds):
+        neighbours.start()
         shutil.rmtree(folder / "cache", ignore_errors=True)
         for beta in BETAS:
             run = trainer(some, folder, beta)
@@ -254,6 +259,7 @@ def measure_sweep(folder: Path, data: Any, trainer: MakeTrainer, rows: int, pair
             found[beta] = {"reused": filled.reused, "computed": filled.computed}
             if filled.computed != (len(some) if beta == BETAS[0] else 0):
                 wrong[beta] = f"wrong: {filled.computed} rows were computed at beta {beta}"
+        neighbours.keep()
     timings = {beta: Timing(tuple(values)) for beta, values in seconds.items()}
     return [
         {
@@ -261,7 +267,7 @@ def measure_sweep(folder: Path, data: Any, trainer: MakeTrainer, rows: int, pair
             "beta": beta,
             **found[beta],
             **_times(timings[beta]),
-            "unquotable": wrong.get(beta) or too_noisy(timings[beta]),
+            "unquotable": wrong.get(beta) or neighbours.why or timings[beta].why,
         }
         for beta in BETAS
     ]

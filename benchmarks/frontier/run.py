@@ -3,7 +3,7 @@
     python -m benchmarks.frontier                       all of it: 3 seeds, under 15 minutes on two cores
     python -m benchmarks.frontier --seeds 0 --no_save   a look
 
-`frontier_world.py` says what is asked, `frontier_train.py` how it is trained. A point is a policy, along its training or at
+`world.py` says what is asked, `train.py` how it is trained. A point is a policy, along its training or at
 its end: KL(pi || ref) and E_pi[r], sums over all 1555 responses to each of the prompts; neither is sampled. The frontier is
 that of pi* = ref * exp(r / beta) / Z over all beta: no policy has more reward at its KL.
 """

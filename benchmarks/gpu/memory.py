@@ -34,7 +34,7 @@ from dpo_engine.memory.step import MIB, StepSettings, step_parts
 
 LENGTHS = (1024, 2048, 4096, 8192)
 CAPS = (12, 16, 24)  # GB
-ROWS = {"engine": "engine", "trl": "trl_precomputed"}  # names here -> rows of gpu_rows.py
+ROWS = {"engine": "engine", "trl": "trl_precomputed"}  # names here -> rows of rows.py
 STEP, STEPS = 4, 3
 CONTEXT_MB = 600.0  # beside the allocator, as the plan takes it
 LEAST_S = 10.0
@@ -102,7 +102,13 @@ def measured(
             else:
                 print(f"{row} at {length}", file=sys.stderr, flush=True)
                 found = run_row(ROWS[row], model, pairs, settings, time.perf_counter() + left)
-            record = {"row": row, "length": length, "pair_tokens": pair_tokens(length), "tiny": tiny, **found}
+            record = {
+                "implementation": row,
+                "length": length,
+                "pair_tokens": pair_tokens(length),
+                "tiny": tiny,
+                **found,
+            }
             if row == "engine":
                 record["planned_mb"] = round(planned_mb(shape, length, device), 1)
             if record["status"] == "measured" and record["step_seconds"]:
@@ -115,7 +121,7 @@ def longest_that_fits(records: Sequence[Record], cap: float, lengths: Sequence[i
     fitting = [
         record["length"]
         for record in records
-        if record.get("row") == "engine" and record.get("status") == "measured" and not record.get("cap_gb")
+        if record.get("implementation") == "engine" and record.get("status") == "measured" and not record.get("cap_gb")
         if record["length"] in lengths and needs_mb(record) <= read_card(f"{cap:g}GB").memory / MIB
     ]
     return max(fitting, default=None)
@@ -170,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lengths, rows, device=args.device, tiny=args.tiny, limit_s=args.limit_s, until=begin + args.budget_s
     ):
         record = {**found, **more}
-        failed |= record["row"] == "engine" and record["status"].startswith("failed")
+        failed |= record["implementation"] == "engine" and record["status"].startswith("failed")
         print(_line(record), flush=True)
         if args.records:
             with args.records.open("a", encoding="utf-8") as file:
@@ -185,7 +191,9 @@ def _read(records: Path | None) -> list[Record]:
 
 
 def _line(record: Record) -> str:
-    name = f"{record['row']} at {record['length']}" + (f", {record['cap_gb']:g} GB" if record.get("cap_gb") else "")
+    name = f"{record['implementation']} at {record['length']}" + (
+        f", {record['cap_gb']:g} GB" if record.get("cap_gb") else ""
+    )
     if record["status"] != "measured":
         return f"{name}: {record['status']}"
     planned: Any = record.get("planned_mb")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.memory_table            Markdown; what was not measured says so
 
-Peaks are of one run for each length and side (`gpu_memory.py`); a card of a size fits what its peak and a context stay below.
+Peaks are of one run for each length and side (`memory.py`); a card of a size fits what its peak and a context stay below.
 Speed is that of the card that measured, which the heading names. Predictions are the plan's, context and allocator included.
 """
 
@@ -18,7 +18,7 @@ from dpo_engine.memory.cards import read_card
 from dpo_engine.memory.shapes import shipped_shape
 from dpo_engine.memory.step import StepSettings, step_parts
 
-CAPS, LENGTHS, CONTEXT_MB = (12, 16, 24), (1024, 2048, 4096, 8192), 600.0  # as in gpu_memory.py, which needs torch
+CAPS, LENGTHS, CONTEXT_MB = (12, 16, 24), (1024, 2048, 4096, 8192), 600.0  # as in memory.py, which needs torch
 Record = Mapping[str, Any]
 NOT = "not measured"
 
@@ -38,10 +38,10 @@ def newest(folder: Path = RESULTS) -> list[dict[str, Any]]:
 def table(records: Sequence[Record]) -> str:
     """Markdown."""
     found = {
-        (record["row"], record["length"]): record
+        (record["implementation"], record["length"]): record
         for record in records
         if record.get("status") == "measured"
-        and "row" in record
+        and "implementation" in record
         and not record.get("cap_gb")
         and not record.get("tiny")
     }

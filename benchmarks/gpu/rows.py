@@ -1,4 +1,4 @@
-"""How does one row of `gpu_train.py` train? The engine and TRL on the same pairs, on a model that is only borrowed."""
+"""How does one row of `train.py` train? The engine and TRL on the same pairs, on a model that is only borrowed."""
 
 from __future__ import annotations
 

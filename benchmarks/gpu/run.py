@@ -2,9 +2,9 @@
 
     make gpu                          every part, with the Python that $(PYTHON) names
     make gpu PART=correctness         the kernels' and the operator's tests on the card
-    make gpu PART=ops                 the operator beside bare GEMMs and peers: benchmarks/ops.py
-    make gpu PART=memory              QLoRA by length, within 12, 16 and 24 GB: benchmarks/gpu_memory.py
-    make gpu PART=train               a Llama-3.1-8B-shaped model trained beside TRL: benchmarks/gpu_train.py
+    make gpu PART=ops                 the operator beside bare GEMMs and peers: benchmarks/ops/run.py
+    make gpu PART=memory              QLoRA by length, within 12, 16 and 24 GB: benchmarks/gpu/memory.py
+    make gpu PART=train               a Llama-3.1-8B-shaped model trained beside TRL: benchmarks/gpu/train.py
     make gpu PART=ops GPU_ARGS='--shapes 8192,4096,128256'      all of the time for one shape
 
 Nothing is installed or fetched: torch, triton and pytest must be there; a peer that is not reads "n/a". Each part ends within its
@@ -73,7 +73,7 @@ class Job:
     device: str
     shapes: tuple[str, ...]
     folder: Path  # empty at the start of a part
-    rest: tuple[str, ...] = ()  # arguments handed on to ops.py or gpu_train.py
+    rest: tuple[str, ...] = ()  # arguments handed on to ops/run.py or train.py
 
 
 # ---- the parts: a table ----

@@ -1,4 +1,4 @@
-"""What does a person read of `gpu_train.py`? A table for each data set, and whether the targets were met."""
+"""What does a person read of `train.py`? A table for each data set, and whether the targets were met."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _group(records: Sequence[Record]) -> str:
     header = ["", "pairs/s", "tokens/s", "of measured peak", "of published", "peak GiB", "reference s"]
     rows = [
         (
-            record["row"],
+            record["implementation"],
             f"{record['pairs_per_s']:.2f}",
             f"{record['computed_tokens_per_s']:.0f}",
             f"{record['utilisation_of_measured']:.1%}",
@@ -45,13 +45,15 @@ def _group(records: Sequence[Record]) -> str:
         for record in measured
     ]
     lines = [title, *([table(header, rows)] if rows else [])]
-    lines += [f"{record['row'] or 'all rows'}: {record['status']}" for record in records if record not in measured]
+    lines += [
+        f"{record['implementation'] or 'all rows'}: {record['status']}" for record in records if record not in measured
+    ]
     return "\n".join([*lines, *targets(measured)])
 
 
 def targets(measured: Sequence[Record]) -> list[str]:
     """One line for each target of which both sides were measured."""
-    by_row = {record["row"]: record for record in measured}
+    by_row = {record["implementation"]: record for record in measured}
     ours = max((r for r in measured if r["side"] == "engine"), key=lambda r: r["pairs_per_s"], default=None)
     peer = max((r for r in measured if r["side"] == "trl"), key=lambda r: r["pairs_per_s"], default=None)
     default = by_row.get("trl_default")
@@ -62,7 +64,13 @@ def targets(measured: Sequence[Record]) -> list[str]:
         return f"target {what}: {'met' if met else 'missed'} ({found})"
 
     best = ours["pairs_per_s"] / peer["pairs_per_s"]
-    lines = [line(f"{TIMES_BEST:g} x TRL's best", best >= TIMES_BEST, f"{ours['row']} {best:.2f} x {peer['row']}")]
+    lines = [
+        line(
+            f"{TIMES_BEST:g} x TRL's best",
+            best >= TIMES_BEST,
+            f"{ours['implementation']} {best:.2f} x {peer['implementation']}",
+        )
+    ]
     if default is not None:
         times = ours["pairs_per_s"] / default["pairs_per_s"]
         lines.append(line(f"{TIMES_DEFAULT:g} x TRL's default", times >= TIMES_DEFAULT, f"{times:.2f} x"))

@@ -4,10 +4,10 @@
     make gpu PART=train GPU_ARGS='--lengths ultrafeedback --limit_s 90'        all of the time for one data set
     python -m benchmarks.gpu.train --weights nf4 --tiny                the same on two small layers, on a CPU
 
-All rows train on the same random pairs (`gpu_pairs.py`), in the same order, in steps of as many pairs, on one model that is
-built once (`gpu_model.py`). pairs/s is over the steps after the first; a reference that is precomputed stands beside. Rows must
+All rows train on the same random pairs (`pairs.py`), in the same order, in steps of as many pairs, on one model that is
+built once (`model.py`). pairs/s is over the steps after the first; a reference that is precomputed stands beside. Rows must
 start at ln 2 and at the same log-probs, or none of the group is printed. Peak memory is the allocator's, the model included.
-Utilisation is model FLOPs (`train_flops.py`) by the rate of a large product measured here, and by the datasheet's.
+Utilisation is model FLOPs (`steps/flops.py`) by the rate of a large product measured here, and by the datasheet's.
 
 A row that does not fit its time reads "not measured", a package that is not there "n/a". Targets read "met" or "missed".
 """
@@ -62,7 +62,7 @@ def measure(
                 found: Record = {"status": "not measured: the time that was given is used up"}
             else:
                 found = run(group, row, clock() + left)
-            yield {"lengths": group, "row": row, **vars(ROWS[row]), **found}
+            yield {"lengths": group, "implementation": row, **vars(ROWS[row]), **found}
 
 
 def with_rates(record: Record, config: Any, pairs: list[Record], settings: Settings, peaks: Record) -> Record:
@@ -146,7 +146,7 @@ def measured(
     absent = missing_packages("bitsandbytes") if settings.weights == "nf4" else None
     if absent:
         for name in lengths:
-            yield {**common, "lengths": name, "row": None, "side": None, "status": absent}
+            yield {**common, "lengths": name, "implementation": None, "side": None, "status": absent}
         return
     config = llama_config(tiny=tiny)
     pairs = {

@@ -12,6 +12,7 @@ from benchmarks.harness.machine import (
     describe_machine,
     machine_name,
 )
+from benchmarks.harness.neighbours import Neighbours
 from benchmarks.harness.process import (
     Finished,
     OverLimit,
@@ -22,18 +23,19 @@ from benchmarks.harness.process import (
     run_watched,
 )
 from benchmarks.harness.results import RESULTS, SCHEMA, write_results
-from benchmarks.harness.suite import NOISY, add_suite_options, rounds_of, save, too_noisy
+from benchmarks.harness.suite import add_suite_options, rounds_of, save
 from benchmarks.harness.tables import table
-from benchmarks.harness.timing import Timing, first_calls, one_line, quantile, time_alternating
+from benchmarks.harness.timing import SPREAD, Timing, first_calls, one_line, quantile, time_alternating
 
 __all__ = [
     "COMMIT_VARIABLE",
-    "NOISY",
     "PACKAGES",
     "RESULTS",
     "ROOT",
     "SCHEMA",
+    "SPREAD",
     "Finished",
+    "Neighbours",
     "OverLimit",
     "Timing",
     "add_suite_options",
@@ -53,6 +55,5 @@ __all__ = [
     "save",
     "table",
     "time_alternating",
-    "too_noisy",
     "write_results",
 ]

@@ -1,4 +1,4 @@
-"""What do all suites have in common? Their options, where their records go, and when a time is too noisy to be quoted."""
+"""What do all suites have in common? Their options, and where their records go."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 
 from benchmarks.harness.machine import describe_machine
 from benchmarks.harness.results import RESULTS, write_results
-from benchmarks.harness.timing import Timing
-
-NOISY = 0.25  # of the median: a wider stretch from p20 to p80 says more of the machine than of the code
 
 
 def add_suite_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
@@ -39,11 +36,3 @@ def save(
     path = write_results(suite, records, machine=machine, folder=args.folder or RESULTS)
     print(f"written to {path}")
     return path
-
-
-def too_noisy(timing: Timing) -> str | None:
-    """Why a ratio of this time is not to be printed; None where nothing is against it."""
-    if len(timing.seconds) < 2:
-        return "one round: how noisy it was is not known"
-    spread = (timing.p80 - timing.p20) / timing.median
-    return f"noisy: p20 to p80 is {spread:.0%} of the median" if spread > NOISY else None

@@ -9,6 +9,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.harness.neighbours import Neighbours
+
+# Of a median: a ratio whose p20 and p80 are further apart tells nothing that another run would confirm within 15 %.
+SPREAD = 0.3
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -27,6 +32,13 @@ class Timing:
     @property
     def p80(self) -> float:
         return quantile(self.seconds, 0.8)
+
+    @property
+    def why(self) -> str | None:
+        """Why this is not to be quoted, or None: the middle three fifths of its rounds lie too far apart."""
+        if self.p80 - self.p20 <= SPREAD * self.median:
+            return None
+        return f"too noisy to tell: the 20th and the 80th percentile are {self.p20:.3g} and {self.p80:.3g}"
 
     def over(self, floor: Timing) -> Timing:
         """This time as a multiple of `floor`, round by round: what slowed a whole round down cancels."""
@@ -54,6 +66,7 @@ def time_alternating(
     until: float = float("inf"),
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], object] = lambda: None,
+    neighbours: Neighbours | None = None,
 ) -> dict[str, Timing]:
     """Time every case once a round, in an order that is reversed every other round.
 
@@ -65,6 +78,7 @@ def time_alternating(
         until: no round starts after this, by `clock`, unless none was timed yet.
         clock: seconds.
         synchronize: waits until the device has done what it was given.
+        neighbours: decides after each round whether it counts or is taken again.
 
     Returns:
         A `Timing` for each case, all of the same number of rounds.
@@ -72,19 +86,26 @@ def time_alternating(
     if rounds < 1:
         raise ValueError(f"rounds={rounds}; expected at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(-warmup, rounds):
+    number = -warmup
+    while number < rounds:
         if number > 0 and clock() > until:
             break
-        order = list(cases) if number % 2 == 0 else list(cases)[::-1]
-        for name in order:
+        if neighbours is not None:
+            neighbours.start()
+        this_round = {}
+        for name in list(cases) if number % 2 == 0 else list(cases)[::-1]:
             synchronize()
             begin = clock()
             kept = cases[name](max(number, 0))
             synchronize()
-            end = clock()
+            this_round[name] = clock() - begin
             del kept
-            if number >= 0:
-                seconds[name].append(end - begin)
+        if number >= 0:
+            if neighbours is not None and not neighbours.keep():
+                continue
+            for name, value in this_round.items():
+                seconds[name].append(value)
+        number += 1
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

@@ -1,8 +1,8 @@
 """What does one of TRL's trainers do in a few steps, with `dpo_engine.integrations.trl` or without? One run, one process.
 
-    python -m benchmarks.integrations.case SPEC.json        `integrations.py` writes SPEC.json
+    python -m benchmarks.integrations.case SPEC.json        `run.py` writes SPEC.json
 
-It must run beside every release that the table in `integrations_releases.py` names, from transformers 4.57 on. Of the engine it
+It must run beside every release that the table in `releases.py` names, from transformers 4.57 on. Of the engine it
 imports only the integration, and only where the run is to have it. What is recorded is what the trainer does, not what it
 prints: the loss that a step returns, every metric handed to `log`, the gradients of the first step before anything is clipped.
 """

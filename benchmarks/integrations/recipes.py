@@ -2,7 +2,7 @@
 
     make integrations TRL=llamafactory      or axolotl
 
-Each is started as its users start it, in its environment (`integrations_releases.py`), once as it comes and once with the one
+Each is started as its users start it, in its environment (`releases.py`), once as it comes and once with the one
 change that docs/llama-factory-axolotl.md names. What it logs must agree to 1e-4, relative where it exceeds 1 (Axolotl rounds
 what it logs to 4 digits: 2e-3).
 """

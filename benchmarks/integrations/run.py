@@ -5,8 +5,8 @@
     python -m benchmarks.integrations --real 0                        equality alone; by default what is saved is measured too
     python -m benchmarks.integrations --table                         writes the newest results into docs/trl.md
 
-Each release has an environment of its own (`integrations_releases.py`). Equality: all cases of a release on tiny random models,
-in one process without the integration and one with it, compared by `integrations_compare.py`. What is saved: SmolLM2-135M in
+Each release has an environment of its own (`releases.py`). Equality: all cases of a release on tiny random models,
+in one process without the integration and one with it, compared by `compare.py`. What is saved: SmolLM2-135M in
 float32 with LoRA, every run in a fresh process, without and with in turn. Exits with 1 where anything differs or fails.
 """
 

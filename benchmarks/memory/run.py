@@ -28,6 +28,7 @@ from benchmarks.ops.implementations import IMPLEMENTATIONS
 
 Record = dict[str, Any]
 CASES = ("vocabulary", "step")
+EVERYBODY = (*IMPLEMENTATIONS, *step.ROWS)
 SMOKE_ONLY = {"vocabulary": ("engine tiled", "naive"), "step": ("engine_naive", "engine_shared")}
 
 
@@ -142,7 +143,7 @@ def _mb(value: float | None) -> str:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    made.add_argument("--only", nargs="+", choices=[*IMPLEMENTATIONS, *step.ROWS], metavar="IMPLEMENTATION")
+    made.add_argument("--only", nargs="+", choices=EVERYBODY, metavar="IMPLEMENTATION")
     made.add_argument("--model", default="smollm2", help="of the case step")
     made.add_argument("--data", type=Path, default=step.DATA, help="pairs of the case step")
     made.add_argument("--pairs", type=int, default=16, help="of the case step: so many, in steps of --batch")

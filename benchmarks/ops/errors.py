@@ -20,12 +20,18 @@ from benchmarks.ops.cases import Answer, Case, Problem, pair_loss
 
 SAMPLE = 64
 FAR = 10.0  # times the bound
+# What no rounding of the dtype explains: a log-prob off by more units in the last place of the largest logit, or a gradient off by
+# a larger part of its norm.
+WRONG_UNITS = 4.0
+EPSILONS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+WRONG_GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
     logps: Tensor  # (N,) float64
     bound: Tensor  # (N,) float64
+    largest: Tensor  # (N,) float64: the largest |logit|
     rows: Tensor  # (R,)
     words: Tensor  # (K,)
     unit: Tensor  # (R, D): d logp_i / d hidden_i
@@ -53,7 +59,7 @@ def truth(problem: Problem, sample: int = SAMPLE) -> Truth:
     slope = (labels[:, None] == words).double() - (hidden @ weight[words].double().T - running[:, None]).exp()
     growth = max(16 * max(1.0, math.sqrt(d / 512)), d / 16)
     bound = 2.0**-23 * (1 + largest) * growth
-    return Truth(logps=logps, bound=bound, rows=rows, words=words, unit=unit, slope=slope)
+    return Truth(logps=logps, bound=bound, largest=largest, rows=rows, words=words, unit=unit, slope=slope)
 
 
 def _spread(count: int, sample: int, like: Tensor) -> Tensor:
@@ -70,7 +76,8 @@ def errors(case: Case, answer: Answer, asked: Problem, problem: Problem, exact: 
 
     Returns:
         `logp_max`, `logp_rms` (nats), `logp_over_bound` (the largest share of `b_i`) and `far` (whether that is above
-        10), or `loss` (nats) where there is one number only; `d_hidden` and `d_weight` as relative L2 errors.
+        10), or `loss` (nats) where there is one number only; `d_hidden` and `d_weight` as relative L2 errors. `wrong` says what
+        is further off than the dtype's rounding explains; it is missing where nothing is.
     """
     asked = replace(asked, labels=problem.labels)
     found: dict[str, float | bool | str] = {}
@@ -79,9 +86,13 @@ def errors(case: Case, answer: Answer, asked: Problem, problem: Problem, exact: 
         share = float((off / exact.bound).max())
         found |= {"logp_max": float(off.max()), "logp_rms": float(off.square().mean().sqrt())}
         found |= {"logp_over_bound": share, "far": not share <= FAR}
+        units = float((off / (EPSILONS[problem.hidden.dtype] * (1 + exact.largest) + exact.bound)).max())
+        wrong = None if units <= WRONG_UNITS else f"log-probs are {units:.2g} times the dtype's rounding off"
     else:
         want = pair_loss(exact.logps, asked) if case.is_loss else exact.logps.sum()
         found["loss"] = float((answer.out.double() - want).abs())
+        allowed = WRONG_GRADIENT[problem.hidden.dtype] * max(1.0, float(want.abs()))
+        wrong = None if found["loss"] <= allowed else f"the loss is off by {found['loss']:.2g}"
     upstream = _upstream(case, asked, exact)
     if answer.d_hidden is not None:
         flat = answer.d_hidden.flatten(0, -2)
@@ -90,7 +101,15 @@ def errors(case: Case, answer: Answer, asked: Problem, problem: Problem, exact: 
     if answer.d_weight is not None:
         want = (upstream[:, None] * exact.slope).T @ problem.hidden.double()
         found["d_weight"] = relative(answer.d_weight[exact.words], want)
-    return {name: value if math.isfinite(float(value)) else str(value) for name, value in found.items()}
+    for name in ("d_hidden", "d_weight"):
+        if name in found and not float(found[name]) <= WRONG_GRADIENT[problem.hidden.dtype]:
+            wrong = wrong or f"{name} is off by {found[name]:.2g} of its norm"
+    if wrong is not None:
+        found["wrong"] = wrong
+    return {
+        name: value if isinstance(value, str) or math.isfinite(float(value)) else str(value)
+        for name, value in found.items()
+    }
 
 
 def _upstream(case: Case, asked: Problem, exact: Truth) -> Tensor:

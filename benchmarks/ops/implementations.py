@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, pad
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.ops.cases import CASES, PAIR_LOSS, Case, Problem, Score, Shape, pair_loss
 from dpo_engine.errors import BackendError
 from dpo_engine.ops import linear_logps, linear_preference_loss
 
 TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, labels) -> (N,)
-CHUNK_ROWS = 4096  # Liger's chunks, as in the issue's table
+LARGE_CHUNK = 4096  # rows; Liger's own choice is smaller
+TORCH_CHUNK = 512  # rows
 
 
 class NotAvailable(Exception):
@@ -99,6 +101,23 @@ def definition(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return linear(hidden, weight).float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
 
+def in_float32(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Both inputs are taken to float32 first."""
+    return definition(hidden.float(), weight.float(), labels)
+
+
+def naive_float32(case: Case, shape: Shape) -> Score:
+    if shape.dtype == "float32":
+        raise NotAvailable("the same as naive")
+    return per_token(in_float32, case)
+
+
+def in_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """What people write against the peak: rows in chunks, each computed again in the backward pass."""
+    parts = zip(hidden.split(TORCH_CHUNK), labels.split(TORCH_CHUNK), strict=True)
+    return torch.cat([checkpoint(definition, part, weight, these, use_reentrant=False) for part, these in parts])
+
+
 def by_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return -cross_entropy(linear(hidden, weight).float(), labels, reduction="none")
 
@@ -137,15 +156,15 @@ def trl_chunked(case: Case, shape: Shape) -> Score:
     return per_token(token_logps, case)
 
 
-def liger_cross_entropy(reduction: str, case: Case, shape: Shape) -> Score:
-    """Liger's fused linear cross-entropy in chunks of `CHUNK_ROWS` rows."""
+def liger_cross_entropy(reduction: str, large_chunks: bool, case: Case, shape: Shape) -> Score:
+    """Liger's fused linear cross-entropy, in chunks of `LARGE_CHUNK` rows or in those that it chooses itself."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    chunks = -(-shape.rows // CHUNK_ROWS)
-    budget = max(1, -(-shape.vocabulary // (shape.hidden * chunks)))
+    chunks = -(-shape.rows // LARGE_CHUNK)
+    budget = (max(1, -(-shape.vocabulary // (shape.hidden * chunks))),) if large_chunks else ()
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        options = (None, None, -100, 0.0, 0.0, reduction, None, False, None, False, False, False, None, None, budget)
+        options = (None, None, -100, 0.0, 0.0, reduction, None, False, None, False, False, False, None, None, *budget)
         return -LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, *options)[0]
 
     if reduction == "none":
@@ -201,24 +220,37 @@ IMPLEMENTATIONS = {
             for backend in ("tiled", "triton", "triton_epilogue")
         ),
         Implementation(name="naive", build=lambda case, shape: per_token(definition, case)),
+        Implementation(name="naive float32", build=naive_float32, multiplies_given_dtype=False),
+        Implementation(
+            name="chunked",
+            build=lambda case, shape: per_token(in_chunks, case),
+            note=f"plain torch, {TORCH_CHUNK} rows at a time under activation checkpointing",
+        ),
         Implementation(name="torch.compile", build=compiled, compiles=True),
         Implementation(name="torch lce", build=partial(torch_linear_cross_entropy, False)),
         Implementation(name="torch lce chunked", build=partial(torch_linear_cross_entropy, True)),
         Implementation(name="trl", build=trl_chunked, packages=("trl",)),
-        Implementation(
-            name="liger",
-            build=partial(liger_cross_entropy, "none"),
-            packages=("liger_kernel",),
-            cuda_only=True,
+        *(
+            Implementation(
+                name=f"liger{name}",
+                build=partial(liger_cross_entropy, "none", large),
+                packages=("liger_kernel",),
+                cuda_only=True,
+                note=f"chunks of up to {LARGE_CHUNK} rows" if large else None,
+            )
+            for name, large in (("", False), (" large chunks", True))
         ),
-        Implementation(
-            name="liger sum",
-            build=partial(liger_cross_entropy, "sum"),
-            packages=("liger_kernel",),
-            cuda_only=True,
-            cannot={"no_gradient": SCALAR, "preference_loss": SCALAR},
-            adapt=lambda problem: replace(problem, upstream=torch.ones_like(problem.upstream)),
-            note="one sum of all log-probs, so that no row can have a gradient of its own",
+        *(
+            Implementation(
+                name=f"liger sum{name}",
+                build=partial(liger_cross_entropy, "sum", large),
+                packages=("liger_kernel",),
+                cuda_only=True,
+                cannot={"no_gradient": SCALAR, "preference_loss": SCALAR},
+                adapt=lambda problem: replace(problem, upstream=torch.ones_like(problem.upstream)),
+                note="one sum of all log-probs, so that no row can have a gradient of its own",
+            )
+            for name, large in (("", False), (" large chunks", True))
         ),
         Implementation(
             name="liger dpo",

@@ -4,8 +4,8 @@
     python -m benchmarks.ops --cases frozen --shapes 2048,576,49152 --dtype float32 --rounds 3
     python -m benchmarks.ops --only 'engine tiled' naive trl --no_save
 
-Cases and floors: `op_cases.py`. Implementations: `op_implementations.py`. Errors stand beside the times (`op_errors.py`), and
-so does memory (`op_memory.py`). All implementations of a case take turns in one process, in an order that is reversed every
+Cases and floors: `cases.py`. Implementations: `implementations.py`. Errors stand beside the times (`errors.py`), and
+so does memory (`memory.py`). All implementations of a case take turns in one process, in an order that is reversed every
 other round; the floor is one of them, and ratios to it are taken round by round. Inputs are random, several sets in turn.
 
 An implementation that cannot do a case reads "n/a: why", one that raises "failed: why", one whose call takes longer than
@@ -30,6 +30,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import (
+    RESULTS,
+    Neighbours,
     Timing,
     describe_machine,
     exit_on_sigterm,
@@ -47,7 +49,7 @@ from benchmarks.ops.roofline import card_of, roofline
 
 FLOOR, FLOAT32_FLOOR = "floor", "float32 floor"
 SHAPES = {
-    "cpu": [(2048, 576, 49152), (1024, 2048, 128256), (512, 3584, 152064)],
+    "cpu": [(2048, 576, 49152), (512, 2048, 128256)],
     "cuda": [
         (8192, 4096, 128256),
         (8192, 4096, 151936),
@@ -57,7 +59,8 @@ SHAPES = {
     ],
 }
 DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}
-ROUNDS = {"cpu": 3, "cuda": 15}
+ROUNDS = {"cpu": 4, "cuda": 15}
+SMOKE = {"shapes": [(64, 64, 1000)], "dtype": ["float32"], "rounds": 2, "sets": 2, "no_memory": True, "slow_rows": 0}
 Record = dict[str, Any]
 
 
@@ -75,6 +78,7 @@ class Settings:
     with_errors: bool
     with_memory: bool
     clock: Callable[[], float] = time.perf_counter
+    watch: bool = True  # whether rounds that others disturbed are taken again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +142,7 @@ def measure_case(
         found.setdefault(name, {})["status"] = why
         del runs[name]
     _say(f"{case.name}, {shape}: {settings.rounds} rounds")
+    neighbours = Neighbours(repeats=settings.rounds)
     timings = time_alternating(
         runs,
         rounds=settings.rounds,
@@ -145,9 +150,13 @@ def measure_case(
         until=settings.until,
         clock=settings.clock,
         synchronize=synchronize,
+        neighbours=neighbours if settings.watch else None,
     )
     for name, timing in timings.items():
-        found.setdefault(name, {}).update(_figures(case, shape, timing, timings, name))
+        figures = found.setdefault(name, {})
+        figures.update(_figures(case, shape, timing, timings, name))
+        reasons = (figures.get("errors", {}).get("wrong"), neighbours.why, figures.pop("noisy", None))
+        figures["unquotable"] = next((why for why in reasons if why), None)
     runs.clear()
     firsts.clear()  # and with them the floor's (N, V) memory
     card = card_of(torch.cuda.get_device_name() if on_gpu else None)
@@ -157,6 +166,7 @@ def measure_case(
             found[name]["memory"] = _memory(name, case, shape, entrant, settings)
     line = {"roofline": roofline(case, shape, card)} if card else {}
     common = {**line, "threads": settings.threads, "input_sets": len(problems)}
+    common |= {"others_share": neighbours.shares, "rounds_repeated": neighbours.repeated}
     return [_record(shape, case.name, name, {**common, **figures}) for name, figures in _in_order(found)]
 
 
@@ -212,6 +222,8 @@ def _figures(case: Case, shape: Shape, timing: Timing, timings: dict[str, Timing
         if floor in timings and floor != name:
             ratio = timing.over(timings[floor])
             figures[key] = {"median": round(ratio.median, 3), "p20": round(ratio.p20, 3), "p80": round(ratio.p80, 3)}
+            if ratio.why:
+                figures["noisy"] = ratio.why
     return figures
 
 
@@ -234,7 +246,7 @@ def _in_order(found: dict[str, Record]) -> list[tuple[str, Record]]:
 
 
 def _record(shape: Shape, case: str, name: str, figures: Record) -> Record:
-    return {"case": case, "implementation": name, **asdict(shape), **figures}
+    return {"case": case, "implementation": name, **asdict(shape), "rounds": 0, "unquotable": None, **figures}
 
 
 # ---- what a person reads ----
@@ -262,6 +274,11 @@ def _group(records: list[Record]) -> str:
     rows = [_row(record) for record in records if record["status"] == "measured"]
     if rows:
         lines.append(table(header, rows))
+    refused: dict[str, list[str]] = {}
+    for record in records:
+        if record.get("unquotable"):
+            refused.setdefault(record["unquotable"], []).append(record["implementation"])
+    lines += [f"no ratio for {', '.join(names)}: {why}" for why, names in refused.items()]
     others: dict[str, list[str]] = {}
     for record in records:
         if record["status"] != "measured":
@@ -277,14 +294,19 @@ def _row(record: Record) -> tuple[str, ...]:
     def figure(value: Any, form: str) -> str:
         return format(value, form) if isinstance(value, float) else "" if value is None else str(value)
 
+    def ratio(key: str) -> str:
+        if key in record and record.get("unquotable"):
+            return "-"
+        return figure(record.get(key, {}).get("median"), ".2f")
+
     return (
         record["implementation"],
         f"{record['median_ms']:.1f}",
         f"{record['p20_ms']:.1f}-{record['p80_ms']:.1f}",
-        figure(record.get("over_floor", {}).get("median"), ".2f"),
-        figure(record.get("over_float32_floor", {}).get("median"), ".2f"),
+        *(ratio(key) for key in ("over_floor", "over_float32_floor")),
         figure(found.get("logp_max"), ".1e"),
-        figure(found.get("logp_over_bound"), ".2g") + (" far" if found.get("far") else ""),
+        figure(found.get("logp_over_bound"), ".2g")
+        + (" WRONG" if found.get("wrong") else " far" if found.get("far") else ""),
         figure(found.get("loss"), ".1e"),
         figure(found.get("d_hidden"), ".1e"),
         figure(found.get("d_weight"), ".1e"),
@@ -311,7 +333,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shapes", nargs="+", type=parse_shape, help="N,D,V; default: those of the device")
     made.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
     made.add_argument("--device", default=default_device, choices=["cpu", "cuda"])
-    made.add_argument("--rounds", type=int, help="default: 3 on a CPU, 15 on a GPU")
+    made.add_argument("--rounds", type=int, help="default: 4 on a CPU, 15 on a GPU")
     made.add_argument("--sets", type=int, default=3, help="sets of random inputs, taken in turn")
     made.add_argument("--slow_rows", type=int, default=16, help="N where the dtype is emulated; 0: leave that out")
     made.add_argument("--threads", type=int, default=describe_machine()["cores"])
@@ -320,12 +342,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no_errors", action="store_true")
     made.add_argument("--no_memory", action="store_true", help="spares a process for every figure")
     made.add_argument("--no_save", action="store_true", help="print only")
+    made.add_argument(
+        "--smoke", action="store_true", help="a tiny shape, without what compiles, in seconds; saved in --folder only"
+    )
+    made.add_argument("--folder", type=Path, help="of result files; default: benchmarks/results")
     made.add_argument("--records", type=Path, help="add each record to this file at once, and write no result file")
     return made
 
 
-def main() -> None:
-    args = parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    if args.smoke:
+        for name, value in SMOKE.items():
+            setattr(args, name, value)
+        args.only = [name for name in args.only if not IMPLEMENTATIONS[name].compiles]
     torch.set_num_threads(args.threads)
     machine = describe_machine(torch.cuda.get_device_name() if args.device == "cuda" else None)
     settings = Settings(
@@ -350,8 +380,10 @@ def main() -> None:
                             file.write(json.dumps(record, allow_nan=False) + "\n")
     finally:  # what was measured before somebody lost patience is kept
         print(show(records))
-        if records and not args.no_save and not args.records:
-            print(f"written to {write_results('ops', records, machine=machine)}")
+        if records and not args.no_save and not args.records and (args.folder or not args.smoke):
+            print(f"written to {write_results('ops', records, machine=machine, folder=args.folder or RESULTS)}")
+    wrong = [r for r in records if r["implementation"].startswith("engine") and r.get("errors", {}).get("wrong")]
+    return 1 if wrong else 0
 
 
 def runs(args: argparse.Namespace, *, has_bfloat16: bool) -> Iterator[tuple[Shape, bool, bool]]:
@@ -366,4 +398,4 @@ def runs(args: argparse.Namespace, *, has_bfloat16: bool) -> Iterator[tuple[Shap
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.harness import time_alternating
+from benchmarks.harness import Neighbours, time_alternating
 from benchmarks.scale.series import Point, Series
 from dpo_engine import ReferenceCache, prepare_model
 from dpo_engine.batch import Tree
@@ -45,15 +45,17 @@ def measure(
             )
 
         works = {"engine": build, "engine_read": read}  # a size is read after it was built, in either order of turns
+        neighbours = Neighbours()  # a round takes minutes: none is taken again
         runs: dict[str, Callable[[int], object]] = {}
         for value in values:
             runs[f"engine {value}"] = lambda _, rows=int(value): build(rows)
-        built = time_alternating(runs, rounds=rounds, warmup=0)
+        built = time_alternating(runs, rounds=rounds, warmup=0, neighbours=neighbours)
         runs = {f"engine_read {value}": (lambda _, rows=int(value): read(rows)) for value in values}
-        timings = built | time_alternating(runs, rounds=rounds, warmup=1)
+        timings = built | time_alternating(runs, rounds=rounds, warmup=1, neighbours=neighbours)
     return [
         Series(
             implementation=name,
+            disturbed=neighbours.why,
             points=[
                 Point(
                     x=value,

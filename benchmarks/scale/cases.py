@@ -55,6 +55,7 @@ TINY_MODEL = {
 # For a few seconds only: no slope means anything at these sizes.
 SMOKE_STEP = {"model": TINY_MODEL, "lora_r": 2}
 
+IMPLEMENTATIONS = ("engine_frozen", "engine_trainable", "engine_shared", "engine_packed", "engine", "engine_read")
 CASES = {
     case.name: case
     for case in (

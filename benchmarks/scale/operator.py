@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.harness import time_alternating
+from benchmarks.harness import Neighbours, time_alternating
 from benchmarks.ops.cases import CASES, Shape, call, make_problems
 from benchmarks.ops.errors import errors, truth
 from benchmarks.ops.implementations import IMPLEMENTATIONS
@@ -46,10 +46,12 @@ def measure(
             found = errors(case, call(case, score, problems[0]), problems[0], problems[0], exact)
             wrong[f"{name} {value}"] = _wrong(found)
             runs[f"{name} {value}"] = partial(_call, case, score, problems)
-    timings = time_alternating(runs, rounds=rounds)
+    neighbours = Neighbours(repeats=rounds)
+    timings = time_alternating(runs, rounds=rounds, neighbours=neighbours)
     return [
         Series(
             implementation=name,
+            disturbed=neighbours.why,
             points=[
                 Point(
                     x=value,

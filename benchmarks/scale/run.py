@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.harness import Timing, add_suite_options, describe_machine, rounds_of, save, table, too_noisy
+from benchmarks.harness import Timing, add_suite_options, describe_machine, rounds_of, save, table
 from benchmarks.scale.cases import CASES, Case
 from benchmarks.scale.fit import fit
 from benchmarks.scale.series import Point, Series
@@ -75,7 +75,7 @@ def point_record(common: Record, series: Series, point: Point) -> Record:
         "p20_s": point.timing.p20,
         "p80_s": point.timing.p80,
         "in_fit": point.in_fit,
-        "unquotable": point.wrong or too_noisy(point.timing),
+        "unquotable": point.wrong or series.disturbed or point.timing.why,
         **seen,
     }
 
@@ -97,15 +97,15 @@ def fit_record(common: Record, case: Case, series: Series) -> Record:
         "x_to": sizes[-1],
         **asdict(fitted),
     }
-    wrong = next((point.wrong for point in points if point.wrong), None)
+    failed = next((point.wrong for point in points if point.wrong), None)
     claim = case.claim if case.claimed_of is None or series.implementation in case.claimed_of else None
     if claim is None:
-        return record | {"says": case.says or None, "unquotable": wrong}
+        return record | {"says": case.says or None, "unquotable": failed or series.disturbed}
     return record | {
         "claim": claim.text,
-        "holds": wrong is None and claim.holds(sizes, timings),
+        "holds": failed is None and claim.holds(sizes, timings),
         "claimed": claim.figure(sizes, [timing.median for timing in timings]),
-        "unquotable": wrong or claim.untold(sizes, timings),
+        "unquotable": failed or series.disturbed or claim.untold(sizes, timings),
     }
 
 

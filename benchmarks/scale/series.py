@@ -21,5 +21,6 @@ class Point:
 class Series:
     implementation: str
     points: list[Point]
+    disturbed: str | None = None  # by others on the machine, so that no time of it is to be quoted
     fit_over: str | None = "x"  # "x", a name in `seen` that the slope is taken over, or None: there is no slope
     fit_of: str | None = None  # a name in `seen` of a Timing of which it is taken, instead of the time

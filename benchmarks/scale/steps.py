@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from benchmarks.harness import Timing
+from benchmarks.harness import Neighbours, Timing
 from benchmarks.scale.series import Point, Series
 from benchmarks.steps.engine import pair_data
 from benchmarks.steps.watch import Refused, StepWatch
@@ -50,16 +50,25 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="dpo-scale-") as folder, _quiet():
         runs = {name: _Run(name, by_value, fixed, Path(folder) / name) for name in names}
         seconds: dict[str, list[list[float]]] = {name: [] for name in names}
-        for number in range(-1, rounds):  # round -1 is a warm-up
+        neighbours = Neighbours(repeats=rounds)
+        number = -1  # a warm-up
+        while number < rounds:
             backwards = number % 2 == 1
+            neighbours.start()
+            this_round = {}
             for name in names[::-1] if backwards else names:
-                found = runs[name].round(backwards)
-                if number >= 0:
+                this_round[name] = runs[name].round(backwards)
+            if number >= 0:
+                if not neighbours.keep():
+                    continue
+                for name, found in this_round.items():
                     seconds[name].append(found)
+            number += 1
         timings = {name: [Timing(tuple(one)) for one in zip(*rows, strict=True)] for name, rows in seconds.items()}
     found = [
         Series(
             implementation=name,
+            disturbed=neighbours.why,
             points=[
                 Point(
                     x=runs[name].tokens[place] if varied == "shared_tokens" else value,

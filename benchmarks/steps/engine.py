@@ -1,6 +1,6 @@
 """How long does the engine take for given pairs, in a given layout? One run in a process of its own.
 
-    python -m benchmarks.steps.engine SPEC.json        prints one JSON object; `train.py` writes SPEC.json
+    python -m benchmarks.steps.engine SPEC.json        prints one JSON object; `run.py` writes SPEC.json
 
 The layouts `packed` and `shared` are what `share_prompt` gives. `padded` is what the trainer falls back to for models that
 are right on nothing else; no option asks for it, so the trainer's `layout` is replaced after it has been made.
@@ -65,7 +65,7 @@ def config(spec: dict[str, Any]) -> DPOConfig:
     on_cpu = not torch.cuda.is_available()
     return DPOConfig(
         output_dir=spec["output_dir"],
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=spec["precompute"],
         reference_cache="off",  # nothing of an earlier run is to be found: both sides compute it
         share_prompt=SHARE_PROMPT[spec["layout"]],
         max_length=spec["max_length"],

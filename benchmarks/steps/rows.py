@@ -1,8 +1,11 @@
-"""What is measured, on which pairs, and by which process? The rows of `train.py`, their data sets, and how one row is run."""
+"""Who trains, on which pairs, and by which process? The rows, their data sets, and how one row is run."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
+import io
 import json
 import sys
 import tempfile
@@ -11,52 +14,117 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, OverLimit, last_json, run_watched
+from benchmarks.harness import ROOT, Neighbours, OverLimit, last_json, run_watched
+from benchmarks.smoke import WHY
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to train on the pairs. References are precomputed in all of them, before the clock starts."""
+    """One way to train on the pairs."""
 
     title: str
     module: str
     options: dict[str, Any]  # beside what every row is told
+    note: str
 
 
+ENGINE, TRL, NAIVE = "benchmarks.steps.engine", "benchmarks.steps.trl", "benchmarks.steps.naive"
+# From the definition to the engine as it comes, one feature at a time; then TRL. The last row of the engine and TRL's last three
+# know the reference before the first step.
 ROWS = {
-    "engine_padded": Row(title="engine, padded", module="benchmarks.steps.engine", options={"layout": "padded"}),
-    "engine_packed": Row(title="engine, packed", module="benchmarks.steps.engine", options={"layout": "packed"}),
-    "engine_shared": Row(
-        title="engine, packed and shared", module="benchmarks.steps.engine", options={"layout": "shared"}
+    "naive": Row(
+        title="plain torch: padded, all logits",
+        module=NAIVE,
+        options={},
+        note="the definition in transformers.Trainer; the reference in every step, with the adapter off",
     ),
-    "trl": Row(title="TRL", module="benchmarks.steps.trl", options={"compaction": False}),
-    "trl_compacted": Row(title="TRL, compaction forced", module="benchmarks.steps.trl", options={"compaction": True}),
+    "engine_operator": Row(
+        title="+ log-probs without logits",
+        module=ENGINE,
+        options={"layout": "padded", "precompute": False},
+        note="padded sheets; layout replaced after construction, for the engine keeps it for models that are right on nothing else",
+    ),
+    "engine_packed": Row(
+        title="+ packing",
+        module=ENGINE,
+        options={"layout": "packed", "precompute": False},
+        note="share_prompt=off",
+    ),
+    "engine_shared": Row(
+        title="+ every prompt once",
+        module=ENGINE,
+        options={"layout": "shared", "precompute": False},
+        note="share_prompt=auto; the reference in every step",
+    ),
+    "engine_cached": Row(
+        title="+ reference known: dpo-engine as it comes",
+        module=ENGINE,
+        options={"layout": "shared", "precompute": True},
+        note="precomputed before the first step, as the cache would have it on a second run",
+    ),
+    "trl_default": Row(
+        title="TRL as it comes",
+        module=TRL,
+        options={"precompute": False, "checkpointing": True, "micro": None, "compaction": False},
+        note="gradient checkpointing, the reference in every step; on a CPU its head scores every position",
+    ),
+    "trl_best": Row(
+        title="TRL, reference known, no checkpointing",
+        module=TRL,
+        options={"precompute": True, "checkpointing": False, "micro": None, "compaction": False},
+        note="on a CPU its head scores every position",
+    ),
+    "trl_accumulated": Row(
+        title="TRL, the same, one pair at a time",
+        module=TRL,
+        options={"precompute": True, "checkpointing": False, "micro": 1, "compaction": False},
+        note="per_device_train_batch_size=1 and accumulation: no pair is padded to another's length",
+    ),
+    "trl_compacted": Row(
+        title="TRL, the same, made to score completions only",
+        module=TRL,
+        options={"precompute": True, "checkpointing": False, "micro": 1, "compaction": True},
+        note="patched (trl.trainer.utils._use_triton) so that a CPU too scores completions only, as on CUDA",
+    ),
 }
-NOTES = {
-    "engine_padded": "layout replaced after construction; for models that are right on nothing else",
-    "engine_packed": "share_prompt=off",
-    "engine_shared": "share_prompt=auto",
-    "trl": "reference precomputed, no gradient checkpointing; on a CPU its head scores every position",
-    "trl_compacted": "the same, patched (trl.trainer.utils._use_triton) so that a CPU too scores completions only",
-}
+BASE = ("trl_best", "trl_accumulated")  # the faster of these is "TRL's best"; compaction is a patch, and stands beside
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
     """How pairs of a known file are trained on: about 4096 tokens in TRL's largest batch."""
 
-    max_length: int
-    batch: int  # pairs a step
+    max_length: int = 512
+    batch: int = 4  # pairs a step
+    pairs: int = 24  # the first so many usable ones
+    source: str | None = None
+    sha256: str | None = None
+    """Of the file that the published figures are from."""
 
 
 DATA_SETS = {
-    "hh_harmless_test": DataSet(max_length=512, batch=4),
-    "dpo_en_demo": DataSet(max_length=1024, batch=2),
-    "polite_vs_rude": DataSet(max_length=512, batch=4),
+    "hh_harmless_test": DataSet(
+        pairs=16,
+        source="anthropics/hh-rlhf, harmless-base/test.jsonl.gz (MIT)",
+        sha256="ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03",
+    ),
+    "dpo_en_demo": DataSet(
+        max_length=1024,
+        batch=2,
+        pairs=6,
+        source="hiyouga/LLaMA-Factory, data/dpo_en_demo.json (Apache-2.0), without one row",
+        sha256="9ac01d2cd81b7cec3afbb17a7d7cb84b9bfb5fd1b85e55a36d03cfa5f3eb3c77",
+    ),
+    "polite_vs_rude": DataSet(
+        pairs=32,
+        source="rasbt/LLMs-from-scratch, ch07/04_preference-tuning-with-dpo (Apache-2.0)",
+        sha256="305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
+    ),
+    "concise_train": DataSet(pairs=32, source="examples/concise_train.jsonl of this project"),
 }
-OTHER = DataSet(max_length=512, batch=4)
+OTHER = DataSet()
 _SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json", ".csv.gz", ".csv", ".parquet")
 
 
@@ -64,7 +132,7 @@ _SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json", ".csv.gz", ".csv", ".pa
 class Job:
     """What every row of a data set is told alike."""
 
-    data: str  # name of the data set
+    case: str  # name of the data set
     model_path: str
     pairs: list[dict[str, Any]]
     dtype: str
@@ -76,6 +144,7 @@ class Job:
     lora_alpha: float
     seed: int
     threads: int
+    sha256: str | None = None  # of the file
 
     @property
     def steps(self) -> int:
@@ -137,36 +206,63 @@ def missing_packages(*names: str) -> str | None:
 def run_row(name: str, job: Job, limit_s: float) -> Record:
     """One row in a process of its own: its figures, or in `status` why there are none."""
     row = ROWS[name]
-    common = {"row": name, "note": NOTES[name], **row.options}
-    why = missing_packages("trl", "datasets") if row.module == "benchmarks.steps.trl" else None
+    common = {"implementation": name, "title": row.title, "note": row.note, **row.options}
+    why = missing_packages("trl", "datasets") if row.module == TRL else None
     if why:
         return common | {"status": why}
+    neighbours = Neighbours()
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
-        spec = asdict(job) | row.options | {"output_dir": str(Path(folder) / "out")}
         path = Path(folder) / "spec.json"
-        path.write_text(json.dumps(spec), encoding="utf-8")
-        command = [sys.executable, "-m", row.module, str(path)]
+        path.write_text(json.dumps(specification(name, job, Path(folder))), encoding="utf-8")
+        neighbours.start()
         try:
-            done = run_watched(command, env=_environment(job, Path(folder)), limit_s=limit_s)
+            done = run_watched(
+                [sys.executable, "-m", row.module, str(path)], env=_environment(job, Path(folder)), limit_s=limit_s
+            )
         except OverLimit as error:
             return common | {"status": f"not measured: {error}"}
         except RuntimeError as error:
             said = str(error)
             return common | {"status": f"failed: {said.splitlines()[-1][:160]}", "tail": said}
-    result = last_json(done.stdout)
-    log = result.pop("log")
-    first = log[0]
+        neighbours.keep()
     return {
         **common,
-        "status": "measured",
-        **result,
+        **figures(last_json(done.stdout)),
         "peak_rss_mb": done.peak_rss_mb,
         "process_s": done.seconds,
         "process_cpu_s": done.cpu_seconds,
+        "others_share": neighbours.shares,
+        "unquotable": neighbours.why,
+    }
+
+
+def run_here(name: str, job: Job) -> Record:
+    """The same in this process, for `--smoke`: no memory, and no fresh start."""
+    row = ROWS[name]
+    common = {"implementation": name, "title": row.title, "note": row.note, **row.options}
+    why = missing_packages("trl", "datasets") if row.module == TRL else None
+    if why:
+        return common | {"status": why}
+    with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder, contextlib.redirect_stdout(io.StringIO()):
+        found = importlib.import_module(row.module).run(specification(name, job, Path(folder)))
+    return {**common, **figures(found), "peak_rss_mb": None, "unquotable": WHY}
+
+
+def specification(name: str, job: Job, folder: Path) -> dict[str, Any]:
+    """What a row's process is told."""
+    return asdict(job) | ROWS[name].options | {"output_dir": str(folder / "out")}
+
+
+def figures(result: dict[str, Any]) -> Record:
+    """What a row's process found, and of its log what is compared."""
+    log = result.pop("log")
+    return {
+        "status": "measured",
+        **result,
         "losses": [entry["loss"] for entry in log],
-        "first_loss": first["loss"],
-        "first_chosen": first["logps/chosen"],
-        "first_rejected": first["logps/rejected"],
+        "first_loss": log[0]["loss"],
+        "first_chosen": log[0]["logps/chosen"],
+        "first_rejected": log[0]["logps/rejected"],
         "grad_norms": [entry["grad_norm"] for entry in log],
     }
 

@@ -1,6 +1,6 @@
 """How long does TRL's own DPOTrainer take for given pairs? One run in a process of its own.
 
-    python -m benchmarks.steps.trl SPEC.json        prints one JSON object; `train.py` writes SPEC.json
+    python -m benchmarks.steps.trl SPEC.json        prints one JSON object; `run.py` writes SPEC.json
 
 TRL is used as its documentation does: a model object, a `LoraConfig`, a `datasets.Dataset`. It is handed token ids instead of
 text, because it appends an end token to what truncation has cut; what its collator makes of them is compared with the
@@ -89,14 +89,16 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 def config(spec: dict[str, Any]) -> DPOConfig:
     on_cpu = not torch.cuda.is_available()
+    micro = spec["micro"] or spec["batch"]
     return DPOConfig(
         output_dir=spec["output_dir"],
-        precompute_ref_log_probs=True,
-        gradient_checkpointing=False,
+        precompute_ref_log_probs=spec["precompute"],
+        gradient_checkpointing=spec["checkpointing"],
         max_length=spec["max_length"],
         beta=spec["beta"],
         learning_rate=spec["learning_rate"],
-        per_device_train_batch_size=spec["batch"],
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=spec["batch"] // micro,
         num_train_epochs=1,
         train_sampling_strategy="sequential",
         seed=spec["seed"],

@@ -44,6 +44,18 @@ def train(context: typer.Context) -> None:
     train_command(context.args)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    short_help="Measure it: the operator, memory, the cache, how cost grows, whole steps beside TRL.",
+)
+def bench(context: typer.Context) -> None:
+    """dpo-engine bench [SUITE ...] [--smoke] [--data_dir FOLDER], or list, report, readme, compare."""
+    from dpo_engine.cli.bench import bench_command
+
+    raise typer.Exit(bench_command(context.args))
+
+
 @app.command(short_help="What this machine can run, how fast, and what is missing.")
 def doctor(
     model: Annotated[

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -270,3 +271,88 @@ def test_a_benchmark_that_is_terminated_leaves_no_child_behind(tmp_path: Path) -
         parent.kill()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+# ---- others on the same machine ----
+
+
+def reading(wall: float, busy: float, own: float, stolen: float = 0.0) -> Any:
+    return harness.neighbours.Reading(wall=wall, busy=busy, own=own, stolen=stolen)
+
+
+def neighbours(*readings: Any, **settings: Any) -> Any:
+    left = iter(readings)
+    return harness.Neighbours(read=lambda: next(left), **settings)
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.neighbours.os, "sched_getaffinity", lambda _: {0, 1})
+
+
+@pytest.mark.parametrize(
+    ("end", "share"),
+    [
+        (reading(20.0, 120.0, 20.0), 0.0),  # all of it was our own
+        (reading(20.0, 116.0, 10.0), 0.3),
+        (reading(20.0, 110.0, 10.0, stolen=4.0), 0.2),
+        (reading(10.1, 110.0, 0.0), 0.0),  # too short to tell
+    ],
+)
+@pytest.mark.usefixtures("two_cores")
+def test_what_others_had_of_the_cores_is_their_time_over_all_of_it(end: Any, share: float) -> None:
+    its = neighbours(reading(10.0, 100.0, 0.0), end)
+    its.start()
+    assert its.share() == pytest.approx(share)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_disturbed_round_is_taken_again_and_not_kept() -> None:
+    clock = Clock()
+    spans = [(0.0, 0.0), (10.0, 18.0), (10.0, 10.0), (20.0, 12.0)]  # the first round is others' for the most part
+    its = neighbours(*(reading(wall, busy, 0.0) for wall, busy in spans), repeats=1)
+    taken: list[int] = []
+    timings = harness.time_alternating(
+        {"a": clock.case("a", lambda n: taken.append(n) or 1.0)}, rounds=1, warmup=0, clock=clock, neighbours=its
+    )
+    assert taken == [0, 0] and len(timings["a"].seconds) == 1
+    assert its.repeated == 1 and its.shares == [0.1] and its.why is None
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_where_others_do_not_stop_the_figure_is_kept_and_said_to_be_too_noisy() -> None:
+    its = neighbours(*(reading(10.0 * n, 15.0 * n, 0.0) for n in range(9)), repeats=1)
+    harness.time_alternating({"a": lambda _: None}, rounds=3, warmup=0, neighbours=its)
+    assert its.shares == [0.75] * 3 and its.repeated == 1
+    assert its.why == "too noisy to tell: others had up to 75% of the cores in 3 of 3 rounds"
+
+
+def test_where_the_kernel_tells_nothing_nothing_is_refused() -> None:
+    its = neighbours(None, None)
+    its.start()
+    assert its.keep() and its.why is None
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux only")
+def test_a_busy_neighbour_is_seen_and_ones_own_work_is_not() -> None:
+    code = "import time\nend = time.time() + 20\nwhile time.time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", code]) as child:
+        its = harness.Neighbours()
+        its.start()
+        time.sleep(1.0)
+        theirs = its.share()
+        child.kill()
+    assert theirs > 0.3 / len(os.sched_getaffinity(0))
+    begin = its.read()
+    end = time.perf_counter() + 1.0
+    while time.perf_counter() < end:
+        pass
+    after = its.read()
+    assert after.own - begin.own > 0.3  # what the loop used is known as its own
+
+
+@pytest.mark.parametrize(
+    ("rounds", "quotable"), [((1.0, 1.1, 1.05, 1.0, 1.1), True), ((1.0, 2.0, 1.5, 1.0, 2.0), False)]
+)
+def test_rounds_that_lie_too_far_apart_say_so(rounds: tuple[float, ...], quotable: bool) -> None:
+    assert (harness.Timing(rounds).why is None) == quotable

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,8 +258,55 @@ def test_every_implementation_has_a_record_that_says_what_became_of_it(clock: Cl
     assert all("median_ms" not in record for record in records if record["status"] != "measured")
     text = ops.show(records)
     assert all(name in text for name in statuses(records))
-    assert "one call took 130 s" in text and " far" in text and "wrong: off by one" in text
+    assert "one call took 130 s" in text and " WRONG" in text and "wrong: off by one" in text
+    # A fast wrong answer: its time stands there, and no ratio.
+    assert by_name["wrong"]["unquotable"].startswith("log-probs are") and by_name["quick"]["unquotable"] is None
+    assert "no ratio for wrong: log-probs are" in text
+    line = next(line.split() for line in text.splitlines() if line.startswith("wrong "))
+    assert line[3] == "-" and float(next(row.split()[3] for row in text.splitlines() if row.startswith("quick ")))
     json.dumps(records, allow_nan=False)
+
+
+@pytest.mark.parametrize("case", ["frozen", "trainable", "preference_loss"])
+def test_what_no_rounding_explains_is_wrong_and_what_rounding_explains_is_not(case: str) -> None:
+    shape = replace(SHAPE, dtype="bfloat16")
+    given, right = problem(shape), op_implementations.IMPLEMENTATIONS["naive"]
+    exact = op_errors.truth(given)
+    answer = op_cases.call(CASES[case], right.score(CASES[case], shape), given)
+    assert "wrong" not in op_errors.errors(CASES[case], answer, given, given, exact)  # naive, bfloat16
+    off = replace(answer, out=answer.out + 1.0)
+    assert "off" in op_errors.errors(CASES[case], off, given, given, exact)["wrong"]
+    turned = replace(answer, d_hidden=-answer.d_hidden)
+    assert "d_hidden is off by 2" in op_errors.errors(CASES[case], turned, given, given, exact)["wrong"]
+    if answer.d_weight is not None:
+        scaled = replace(answer, d_weight=1.2 * answer.d_weight)
+        assert "d_weight is off" in op_errors.errors(CASES[case], scaled, given, given, exact)["wrong"]
+    lost = replace(answer, out=answer.out * math.nan)
+    assert "wrong" in op_errors.errors(CASES[case], lost, given, given, exact)
+
+
+def test_the_chunked_definition_and_the_one_in_float32_are_the_definition() -> None:
+    shape = replace(SHAPE, rows=1100, dtype="bfloat16")
+    given = problem(shape)
+    wanted = op_implementations.definition(given.hidden, given.weight, given.labels)
+    assert torch.equal(op_implementations.in_chunks(given.hidden, given.weight, given.labels), wanted)
+    exact = op_errors.truth(given)
+    case = CASES["frozen"]
+    answer = op_cases.call(case, IMPLEMENTATIONS["naive float32"].score(case, shape), given)
+    assert not op_errors.errors(case, answer, given, given, exact)["far"]
+    with pytest.raises(op_implementations.NotAvailable, match="the same as naive"):
+        IMPLEMENTATIONS["naive float32"].score(case, SHAPE)
+
+
+def test_a_smoke_run_measures_every_case(tmp_path: Path) -> None:
+    arguments = ["--smoke", "--threads", "1", "--folder", str(tmp_path), "--only", "engine tiled", "naive"]
+    assert ops.main(arguments) == 0
+    (path,) = tmp_path.rglob("*-ops.jsonl")
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert {(r["case"], r["implementation"]) for r in found} == {
+        (case, name) for case in CASES for name in ("floor", "engine tiled", "naive")
+    }
+    assert all(r["status"] == "measured" and "unquotable" in r for r in found if r["implementation"] != "floor")
 
 
 def test_a_case_that_finds_no_time_is_not_measured(clock: Clock) -> None:

@@ -92,15 +92,6 @@ def test_a_claim_is_not_quoted_where_rounds_contradict_each_other_or_there_is_on
     assert "one round" in fits.LINEAR.untold(SIZES, straight)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "why"),
-    [((1.0, 1.1, 1.2), None), ((1.0, 1.0, 2.0), "noisy: p20 to p80 is 60% of the median"), ((1.0,), "one round")],
-)
-def test_a_time_that_is_too_noisy_is_not_quoted(seconds: tuple[float, ...], why: str | None) -> None:
-    found = harness.too_noisy(Timing(seconds))
-    assert found is None if why is None else found.startswith(why)
-
-
 def made_up(timings: list[Any], wrong: str | None = None) -> Any:
     points = [
         run.Point(x=size, timing=timing, in_fit=size > 100, wrong=wrong if size == 400 else None)

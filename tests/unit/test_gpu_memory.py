@@ -23,7 +23,7 @@ HAS_ALL = all(importlib.util.find_spec(name) for name in ("trl", "datasets", "bi
 
 
 def engine(length: int, peak_mb: float, **more: object) -> dict[str, object]:
-    return {"row": "engine", "length": length, "status": "measured", "peak_mb": peak_mb, "tokens_per_s": 1000.0,
+    return {"implementation": "engine", "length": length, "status": "measured", "peak_mb": peak_mb, "tokens_per_s": 1000.0,
             "pairs_per_s": 1.5, "machine": {"accelerator": "a card"}, **more}  # fmt: skip
 
 
@@ -33,7 +33,10 @@ def test_both_sides_train_on_pairs_that_fill_the_length(tmp_path: Path) -> None:
     arguments = ["--tiny", "--device", "cpu", "--lengths", "1024", "--limit_s", "120", "--records", str(records)]
     assert gpu_memory.main(arguments) == 0
     found = [json.loads(line) for line in records.read_text("utf-8").splitlines()]
-    assert [(record["row"], record["status"]) for record in found] == [("engine", "measured"), ("trl", "measured")]
+    assert [(record["implementation"], record["status"]) for record in found] == [
+        ("engine", "measured"),
+        ("trl", "measured"),
+    ]
     ours, theirs = found
     assert ours["length"] == 32 and ours["pair_tokens"] == 8 + 2 * 24
     # A completion's last token is no input of a forest; TRL runs every prompt twice, each time for one micro-batch.
@@ -42,12 +45,15 @@ def test_both_sides_train_on_pairs_that_fill_the_length(tmp_path: Path) -> None:
     assert ours["first_chosen"] == pytest.approx(theirs["first_chosen"], rel=1e-3)
     assert gpu_memory.main([*arguments, "--cap", "12"]) == 0
     last = json.loads(records.read_text("utf-8").splitlines()[-1])
-    assert (last["row"], last["cap_gb"], last["length"], last["status"]) == ("engine", 12.0, 32, "measured")
+    assert (last["implementation"], last["cap_gb"], last["length"], last["status"]) == ("engine", 12.0, 32, "measured")
 
 
 def test_the_longest_that_fits_a_cap_is_read_from_what_was_measured_without_one() -> None:
     found = [engine(1024, 7000), engine(2048, 9000), engine(4096, 13000), engine(8192, 20000, status="failed: memory")]
-    found += [engine(4096, 9000, cap_gb=12.0), {"row": "trl", "length": 8192, "status": "measured", "peak_mb": 1.0}]
+    found += [
+        engine(4096, 9000, cap_gb=12.0),
+        {"implementation": "trl", "length": 8192, "status": "measured", "peak_mb": 1.0},
+    ]
     lengths = (1024, 2048, 4096, 8192)
     assert [gpu_memory.longest_that_fits(found, cap, lengths) for cap in (4, 12, 16, 24)] == [None, 2048, 4096, 4096]
     assert gpu_memory.longest_that_fits(found, 24, (1024,)) == 1024

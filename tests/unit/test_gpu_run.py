@@ -146,12 +146,12 @@ def test_tests_are_counted_and_those_that_failed_named(tmp_path: Path) -> None:
 
 def test_what_was_measured_before_a_process_was_stopped_is_kept(tmp_path: Path) -> None:
     (tmp_path / "ops.jsonl").write_text('{"case": "frozen"}\n{"case": "tra')
-    (tmp_path / "train.jsonl").write_text('{"row": "engine"}\n')
+    (tmp_path / "train.jsonl").write_text('{"implementation": "engine"}\n')
     records = gpu.gathered("ops", [{"step": "a shape", "status": "timed out"}], tmp_path)
     assert records == [
         {"part": "ops", "step": "a shape", "status": "timed out"},
         {"part": "ops", "case": "frozen"},
-        {"part": "ops", "row": "engine"},
+        {"part": "ops", "implementation": "engine"},
     ]
 
 

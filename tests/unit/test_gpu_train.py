@@ -235,7 +235,8 @@ def test_a_trainer_leaves_nothing_on_the_model_even_if_it_fails(tmp_path: Path) 
 
 def record(row: str, pairs_per_s: float, **changes: Any) -> dict[str, Any]:
     settings = {
-        "weights": "bf16", "tiny": False, "lengths": "hh", "row": row, "side": row.split("_")[0], "status": "measured", "pairs": 48,
+        "weights": "bf16", "tiny": False, "lengths": "hh", "implementation": row, "side": row.split("_")[0],
+        "status": "measured", "pairs": 48,
         "pairs_per_step": 16, "max_length": 1024, "dtype": "bfloat16", "pairs_per_s": pairs_per_s, "computed_tokens_per_s": 9e3,
         "utilisation_of_measured": 0.4, "utilisation_of_published": None, "peak_mb": 2048.0, "reference_s": 1.0,
         "first_loss": math.log(2), "first_chosen": -700.0, "first_rejected": -650.0, "trainable_parameters": 7,
