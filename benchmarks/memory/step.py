@@ -159,7 +159,8 @@ def planned(name: str, job: Job, found: Mapping[str, Any]) -> dict[str, float] |
     """What `dpo_engine.memory` predicts by part, in MiB, for forests as large as the largest that was trained on.
 
     `step` is all that comes and goes between the first and the last of a step, and the gradients: what forward or backward is
-    at its fullest. The planner takes every token to be scored, and knows neither padding nor logits.
+    at its fullest. `optimizer` is its state and the gradients, which are still there when it ends. The planner takes every
+    token to be scored, and knows neither padding nor logits.
     """
     if name not in ("engine_packed", "engine_shared"):
         return "n/a: the planner is of the engine's own layouts, without logits"
@@ -188,5 +189,5 @@ def planned(name: str, job: Job, found: Mapping[str, Any]) -> dict[str, float] |
         "weights": parts["weights"],
         "adapters": parts["adapters"],
         "step": round(step, 1),
-        "optimizer": parts["optimiser"],
+        "optimizer": round(parts["optimiser"] + parts["gradients"], 1),
     }
