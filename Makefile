@@ -47,7 +47,7 @@ test: $(VENV)/.installed-dev  ## run the tests, without those marked slow or gpu
 test-all: $(VENV)/.installed-dev  ## run every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed-dev  ## measure everything here (about an hour on two quiet cores), then draw it
+bench: $(VENV)/.installed-dev  ## measure everything here (an hour and a half on two quiet cores), then draw it
 	DATA_DIR='$(DATA_DIR)' $(BIN)/dpo-engine bench $(BENCH_ARGS)
 	$(if $(findstring --smoke,$(BENCH_ARGS)),,$(BIN)/dpo-engine bench report)
 

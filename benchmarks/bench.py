@@ -95,6 +95,7 @@ def listing() -> str:
         lines.append(f"\n{name}: {suite.question}")
         lines.append(f"  cases:            {', '.join(cases)}")
         lines.append(f"  implementations:  {', '.join(implementations)}")
+        lines.append(f"  dtypes:           {suite.dtypes}")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ class Suite:
     """`module:NAME` of the table of its cases."""
     implementations: str
     """`module:NAME` of the table of who is measured in them."""
+    dtypes: str = "float32"
     takes_data: bool = False
     """Whether it is told of `--data_dir`."""
 
@@ -39,6 +40,7 @@ SUITES: Mapping[str, Suite] = {
         module="benchmarks.ops",
         cases="benchmarks.ops.cases:CASES",
         implementations="benchmarks.ops.implementations:IMPLEMENTATIONS",
+        dtypes="float32, bfloat16 (float16 by --dtype)",
     ),
     "memory": Suite(
         question="How much memory does a call take as the vocabulary grows, and a training step by part?",
@@ -63,6 +65,7 @@ SUITES: Mapping[str, Suite] = {
         module="benchmarks.steps",
         cases="benchmarks.steps.rows:DATA_SETS",
         implementations="benchmarks.steps.rows:ROWS",
+        dtypes="bfloat16 where the machine multiplies in it, else float32",
         takes_data=True,
     ),
 }

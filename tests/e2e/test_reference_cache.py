@@ -399,7 +399,7 @@ def test_an_interrupted_pass_is_gone_on_with(tmp_path: Path) -> None:
     again = make(tmp_path, data=random_pairs(200), max_tokens_per_forest=40)
     again.know_reference()
     filled = again.references.filled
-    assert filled.reused >= sum(forests[:-1]) - 32 - max(forests)  # 64 entries, and those of a forest
+    assert filled.reused == sum(forests[:-1])  # Ctrl-C loses the forest that was being computed, and no other
     whole = make(tmp_path / "whole", data=random_pairs(200), max_tokens_per_forest=40)
     whole.know_reference()
     for index in range(200):

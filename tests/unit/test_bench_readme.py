@@ -169,3 +169,12 @@ def test_a_file_that_git_does_not_track_changes_no_page(tmp_path: Path) -> None:
     subprocess.run(["git", "-C", str(tmp_path), "add", str(path)], check=True)
     made.write(folder, "ops", [made.of_ops("engine tiled", 1.1)], day=21)
     assert "| 1.50 |" in readme.published(folder).block("ops")
+
+
+def test_readme_names_source_and_digest_of_each_file_of_pairs() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    known = {name: data for name, data in load("steps.rows").DATA_SETS.items() if data.sha256}
+    assert len(known) == 3
+    for name, data in known.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| `{name}."))
+        assert f"`{data.sha256}`" in line and data.source.split(",")[0] in line
