@@ -25,8 +25,8 @@ from dpo_engine.reference.values import ReferenceValues
 
 _LOOKED_UP_AT_ONCE = 2000  # trees
 _COMMITTED_EVERY_S = 0.5
-# Addresses are random, so a commit writes about a page of the index for each of its entries once there are many: few large commits cost
-# a third of what many small ones do.
+# Addresses are random, so once there are many, a commit writes about a page of the index for each of its entries: few large
+# commits cost a third of what many small ones do.
 _COMMITTED_AT_LEAST = 1024  # entries, where half a second brings more
 
 Score = Callable[[Sequence[TokenTree]], list[list[Tensor]]]
