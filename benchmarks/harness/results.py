@@ -40,7 +40,7 @@ def write_results(
         "time": now.isoformat(timespec="seconds"),
         "commit": commit(),
         # Names without the folders of whoever ran it.
-        "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
+        "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.orig_argv),
         "machine": dict(machine),
     }
     text = "".join(json.dumps({**common, **record}, allow_nan=False) + "\n" for record in records)

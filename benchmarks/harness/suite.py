@@ -14,7 +14,7 @@ from benchmarks.harness.results import RESULTS, write_results
 def add_suite_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     """`--rounds`, `--threads`, `--smoke`, `--no_save` and `--folder`."""
     parser.add_argument("--rounds", type=int, help=f"timed rounds; default: {rounds}, and 2 with --smoke")
-    parser.add_argument("--threads", type=int, default=describe_machine()["cores"])
+    parser.add_argument("--threads", type=int, default=describe_machine()["cores"], help="default: a thread a core")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds in all: does it run? Not saved")
     parser.add_argument("--no_save", action="store_true", help="print only")
     parser.add_argument("--folder", type=Path, help="where the result file goes; default: benchmarks/results")

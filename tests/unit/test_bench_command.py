@@ -37,8 +37,15 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_without_names_every_suite_runs_and_the_first_failure_is_the_exit_status(started: list[list[str]]) -> None:
-    assert bench.main(["--smoke", "--rounds", "2"]) == 3
-    assert started == [[suite.module, "--smoke", "--rounds", "2"] for suite in SUITES.values()]
+    assert bench.main(["--threads", "1", "--rounds", "2"]) == 3
+    assert started == [[suite.module, "--threads", "1", "--rounds", "2"] for suite in SUITES.values()]
+
+
+def test_a_smoke_run_stays_in_one_process(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(bench, "_main_of", lambda name: lambda words: ran.append((name, words)) or len(ran) // 5)
+    assert bench.main(["--smoke"]) == 1 and not started
+    assert ran == [(suite.module, ["--smoke"]) for suite in SUITES.values()]
 
 
 def test_only_the_suites_that_were_named_run_and_one_takes_its_own_options(started: list[list[str]]) -> None:
