@@ -27,6 +27,8 @@ import dpo_engine
 from support.imports import ROOT
 
 NOT_COPIED = (
+    ".integrations",
+    ".benchmarks",
     ".venv",
     ".git",
     "runs",
