@@ -55,12 +55,12 @@ class Picture:
     """Whether it has a line of the page for itself."""
 
 
-def time_over_floor(found: Sequence[Found]) -> list[Picture]:
-    """A picture for each shape: bars by case, the floor at 1."""
+def time_over_floor(found: Sequence[Found], name: str = "ops") -> list[Picture]:
+    """A picture for each shape, `<name>-1`, ...: bars by case, the floor at 1."""
     return [
         picture
         for place, shape in enumerate(ops.shapes(found))
-        if (picture := _bars_over_floor(f"ops-{place + 1}", shape, ops.by_case(found, shape))) is not None
+        if (picture := _bars_over_floor(f"{name}-{place + 1}", shape, ops.by_case(found, shape))) is not None
     ]
 
 

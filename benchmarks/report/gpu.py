@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.memory_table import table as memory_table
 from benchmarks.report import ops
 from benchmarks.report.names import is_ours, title
-from benchmarks.report.results import GPU_PREFIX, Record, Source, age, grouped, missing_fields, read_file
+from benchmarks.report.results import GPU_PREFIX, Found, Record, Source, age, grouped, missing_fields, read_file
 from benchmarks.report.tables import Row, Table, mebibytes, number
 
 PARTS = ("correctness", "ops", "train", "memory")
@@ -45,7 +45,7 @@ def tables(parts: Mapping[tuple[str, str], Part]) -> list[Table]:
         steps = [record for record in records if "step" in record]
         rows = [record for record in records if "step" not in record]
         if part == "ops":
-            made += ops.tables([] if missing_fields(rows) else list(grouped(rows, source).values()))
+            made += ops.tables(_of_operator(source, rows))
         elif part == "correctness":
             made += makers[part](card, source, steps)
         else:
@@ -69,6 +69,20 @@ def measured_lengths(parts: Mapping[tuple[str, str], Part]) -> list[tuple[str, R
 
 def _who(record: Record) -> str:
     return record.get("implementation") or ""
+
+
+def operator(parts: Mapping[tuple[str, str], Part]) -> list[Found]:
+    """What was found of the operator, on every card."""
+    return [
+        of
+        for (_, part), (source, records) in parts.items()
+        if part == "ops"
+        for of in _of_operator(source, [record for record in records if "step" not in record])
+    ]
+
+
+def _of_operator(source: Source, rows: Sequence[Record]) -> list[Found]:
+    return [] if missing_fields(rows) else list(grouped(rows, source).values())
 
 
 def _checks(card: str, source: Source, steps: Sequence[Record]) -> list[Table]:

@@ -100,7 +100,7 @@ def sections(results: Results, parts: Mapping[tuple[str, str], gpu.Part]) -> lis
         name="gpu",
         title="On a GPU",
         lead="What a card can show: that the kernels are right on it, how fast they are, and what an 8B model takes.",
-        pictures=(charts.planned_memory(parts),),
+        pictures=(charts.planned_memory(parts), *charts.time_over_floor(gpu.operator(parts), "gpu-ops")),
         tables=tuple(map(trimmed, gpu.tables(parts))),
         missing=None if parts else gpu.COMMAND,
     )

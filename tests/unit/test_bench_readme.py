@@ -95,6 +95,14 @@ def test_a_suite_without_results_reads_not_measured(tmp_path: Path) -> None:
     assert "On a GPU: not measured. Run: `make gpu`" in written(tmp_path, "gpu").read_text("utf-8")
 
 
+def test_what_a_card_took_is_the_block_of_the_gpu(tmp_path: Path) -> None:
+    record = {"accelerator": "NVIDIA X100", "row": "engine", "implementation": "engine", "length": 4096, "tiny": False}
+    record |= {"status": "measured", "peak_mb": 8400.0, "pairs_per_s": 0.75, "tokens_per_s": 5400.0}
+    made.write(tmp_path / "results", "gpu-memory", [record])
+    text = written(tmp_path, "gpu").read_text("utf-8")
+    assert "| 8.2 | 5400 | 0.75 |" in text and "24 November 2026, NVIDIA X100, commit" in text
+
+
 def test_a_ratio_that_may_not_be_quoted_is_in_no_block(tmp_path: Path) -> None:
     results(tmp_path, unquotable="others had 31% of the cores")
     text = written(tmp_path).read_text("utf-8")

@@ -201,6 +201,34 @@ def test_what_a_card_took_stands_beside_the_plan(tmp_path: Path) -> None:
     assert "8,400" in section and "8,410" in section
 
 
+def test_every_part_of_make_gpu_stands_in_the_section_of_the_card(tmp_path: Path) -> None:
+    card = {"accelerator": "NVIDIA X100"}
+    ended = {**card, "step": "test_linear_logps_cuda", "status": "failed", "failures": ["test_a"], "tail": ["boom"]}
+    made.write(tmp_path, "gpu-correctness", [{**ended, "tests": {"passed": 7, "failed": 1, "skipped": 0}}])
+    operator = [made.of_ops("floor", None, device="cuda"), made.of_ops("engine triton", 1.21, device="cuda")]
+    late = {**card, "step": "8192,4096,128256", "status": "timed out", "tail": ["round 2"]}
+    made.write(tmp_path, "gpu-ops", [late, *({**card, **record} for record in operator)])
+    weights = {**card, "weights": "nf4", "lengths": "hh", "max_length": 512, "tiny": False}
+    trained = {"implementation": "engine", "status": "measured", "pairs_per_s": 12.5, "peak_mb": 10240.0}
+    absent = {"implementation": None, "status": "n/a: bitsandbytes not installed"}
+    made.write(tmp_path, "gpu-train", [{**weights, **trained}, {**weights, **absent}])
+    made.write(tmp_path, "scale", made.of_scale(1.0))
+    assert run.main(["--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = html.unescape((tmp_path / "out" / "index.html").read_text("utf-8"))
+    section = text.partition('<section id="gpu">')[2]
+    for said in (
+        "test_a",
+        "8192,4096,128256",
+        "timed out",
+        "round 2",
+        "12.50",
+        "10.0",
+        "n/a: bitsandbytes not installed",
+    ):
+        assert f">{said}<" in section
+    assert "dpo-engine, Triton 1.21" in section and (tmp_path / "out" / "gpu-ops-1.png").exists()
+
+
 def test_files_of_an_older_form_are_passed_over_and_named(page: Path) -> None:
     text = page.read_text("utf-8")
     assert f"{made.FOLDER}/2026-11-01-train.jsonl: of the benchmark train, which is no suite" in text
