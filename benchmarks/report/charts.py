@@ -190,7 +190,7 @@ def pairs_per_second(found: Sequence[Found]) -> list[Picture]:
     axes = figure.subplots(len(runs), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     said = []
     for axis, (key, run) in zip(axes, runs.items(), strict=True):
-        axis.set_title(f"{key[0]}: batch {key[3]}, max_length {key[4]}", loc="left", fontsize=9.5, fontweight="bold")
+        axis.set_title(f"{key[0]}, {key[3]} pairs a step", loc="left", fontsize=9.5, fontweight="bold")
         longest, words = 0.0, []
         for place, of in enumerate(run):
             rate, ours = steps.speed(of), is_ours(of["implementation"])
@@ -202,7 +202,7 @@ def pairs_per_second(found: Sequence[Found]) -> list[Picture]:
             axis.text(rate["p80"], place, f"  {label}", va="center", fontsize=9, fontweight="bold" if ours else None)
             words.append(f"{row_title(of['implementation'])} {label}")
             longest = max(longest, rate["p80"])
-        axis.set_xlim(0, 1.32 * longest)
+        axis.set_xlim(0, 1.75 * longest)
         bare_bars(axis, [row_title(of["implementation"]) for of in run], [is_ours(of["implementation"]) for of in run])
         said.append(f"{key[0]}: {', '.join(words)}")
     figure.supxlabel("pairs a second (× TRL's best of the same run); whiskers p20–p80", fontsize=9.5)
