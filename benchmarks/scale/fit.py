@@ -15,6 +15,7 @@ three things bend it that are no growth:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claim:
+class Claim(ABC):
     """What a case says of the engine: that a figure is within `bound` of 1. `text` is what is printed."""
 
     text: str
@@ -40,9 +41,9 @@ class Claim:
     def holds(self, sizes: Sequence[float], timings: Sequence[Timing]) -> bool:
         return abs(self.figure(sizes, [timing.median for timing in timings]) - 1) <= self.bound
 
+    @abstractmethod
     def figure(self, sizes: Sequence[float], seconds: Sequence[float]) -> float:
         """What is to be 1."""
-        raise NotImplementedError
 
     def untold(self, sizes: Sequence[float], timings: Sequence[Timing]) -> str | None:
         """Why the rounds do not say whether it holds; None where they do."""
